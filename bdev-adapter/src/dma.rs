@@ -1,0 +1,224 @@
+//! Buffers that a device may read and write directly.
+//!
+//! A [`DmaBuf`] is the only handle to its bytes: it is moved into a request, so nothing can touch the memory while
+//! the device does, and it comes back with the completion, also on failure. It may be split into disjoint buffers
+//! over the same allocation (one user buffer, several device requests) and joined again without a copy.
+//!
+//! Memory comes from the device ([`Device::dma`](crate::Device::dma)): huge pages under SPDK, registered or merely
+//! aligned memory elsewhere. A source keeps the memory of freed buffers for reuse; the bytes of a new buffer are
+//! initialised but of unspecified content.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use crate::Error;
+
+/// An allocation handed out by a [`DmaSource`].
+#[derive(Debug, Clone, Copy)]
+pub struct RawDma {
+    /// First byte.
+    pub ptr: NonNull<u8>,
+    /// Length in bytes.
+    pub len: usize,
+    /// What the source wants to know again at release and at submission (for example a registered-buffer index).
+    pub token: u64,
+}
+
+/// Where DMA memory comes from.
+///
+/// # Safety
+/// `allocate` returns memory that is valid for reads and writes of `len` initialised bytes, aligned as the
+/// device's geometry asks, not aliased by anything else, until it is given to `release`.
+pub unsafe trait DmaSource: Send + Sync {
+    /// Allocates at least `len` bytes (`len` > 0). May be called from any thread.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] when the device memory is used up.
+    fn allocate(&self, len: usize) -> Result<RawDma, Error>;
+
+    /// Takes an allocation back. May be called from any thread.
+    ///
+    /// # Safety
+    /// `raw` came from `allocate` of this source and nothing refers to it any more.
+    unsafe fn release(&self, raw: RawDma);
+}
+
+struct Chunk {
+    raw: RawDma,
+    source: Arc<dyn DmaSource>,
+}
+
+// SAFETY: a chunk is a plain allocation; the bytes are reached only through `DmaBuf`s, whose ranges are disjoint.
+unsafe impl Send for Chunk {}
+// SAFETY: as above; a shared `&Chunk` gives no access to the bytes.
+unsafe impl Sync for Chunk {}
+
+impl Drop for Chunk {
+    fn drop(&mut self) {
+        // SAFETY: `raw` came from this source (see `DmaBuf::new`), and the last buffer over it is gone.
+        unsafe { self.source.release(self.raw) }
+    }
+}
+
+/// An owned, aligned buffer for direct I/O. See the module documentation.
+pub struct DmaBuf {
+    ptr: NonNull<u8>,
+    len: usize,
+    chunk: Arc<Chunk>,
+}
+
+// SAFETY: a `DmaBuf` is the only handle to its byte range, like a `Box<[u8]>`.
+unsafe impl Send for DmaBuf {}
+// SAFETY: a shared reference gives only shared access to the bytes.
+unsafe impl Sync for DmaBuf {}
+
+impl DmaBuf {
+    /// Allocates a buffer of exactly `len` bytes; its content is unspecified.
+    ///
+    /// # Errors
+    /// [`Error::NoMemory`] when the device memory is used up.
+    pub fn new(source: &Arc<dyn DmaSource>, len: usize) -> Result<DmaBuf, Error> {
+        let raw = source.allocate(len.max(1))?;
+        assert!(raw.len >= len, "DMA source gave less than asked");
+        Ok(DmaBuf { ptr: raw.ptr, len, chunk: Arc::new(Chunk { raw, source: Arc::clone(source) }) })
+    }
+
+    /// Length in bytes.
+    #[inline]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True when the buffer has no bytes.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Address of the first byte, for the device.
+    #[inline]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    /// The token that the source gave to the allocation this buffer lies in.
+    #[inline]
+    pub fn token(&self) -> u64 {
+        self.chunk.raw.token
+    }
+
+    /// Splits the buffer: `self` keeps `[0, at)`, the returned buffer is `[at, len)`. No copy.
+    ///
+    /// # Panics
+    /// When `at > len`.
+    pub fn split_off(&mut self, at: usize) -> DmaBuf {
+        assert!(at <= self.len, "split at {at} of a buffer of {} bytes", self.len);
+        // SAFETY: `at <= len`, so the result is inside (or one past) the same allocation.
+        let ptr = unsafe { self.ptr.add(at) };
+        let tail = DmaBuf { ptr, len: self.len - at, chunk: Arc::clone(&self.chunk) };
+        self.len = at;
+        tail
+    }
+
+    /// Joins `tail` to the end of this buffer when it directly follows it in the same allocation; else gives it back.
+    ///
+    /// # Errors
+    /// The tail itself, when it is not the continuation of this buffer.
+    pub fn unsplit(&mut self, tail: DmaBuf) -> Result<(), DmaBuf> {
+        let follows = Arc::ptr_eq(&self.chunk, &tail.chunk)
+            && self.ptr.as_ptr() as usize + self.len == tail.ptr.as_ptr() as usize;
+        if !follows {
+            return Err(tail);
+        }
+        self.len += tail.len;
+        Ok(())
+    }
+}
+
+impl Deref for DmaBuf {
+    type Target = [u8];
+
+    #[inline]
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the range lies in a live allocation of initialised bytes, and no other `DmaBuf` covers it.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for DmaBuf {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `deref`; `&mut self` makes the access exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl fmt::Debug for DmaBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DmaBuf").field("ptr", &self.ptr).field("len", &self.len).finish()
+    }
+}
+
+/// The buffers of a request, in order. One buffer needs no allocation.
+#[derive(Debug, Default)]
+pub enum Segments {
+    /// No data (flush, write zeroes, unmap).
+    #[default]
+    None,
+    /// One contiguous buffer.
+    One(DmaBuf),
+    /// A scatter list.
+    Many(Vec<DmaBuf>),
+}
+
+impl Segments {
+    /// The buffers as a slice.
+    pub fn as_slice(&self) -> &[DmaBuf] {
+        match self {
+            Segments::None => &[],
+            Segments::One(buf) => std::slice::from_ref(buf),
+            Segments::Many(bufs) => bufs,
+        }
+    }
+
+    /// The buffers as a mutable slice.
+    pub fn as_mut_slice(&mut self) -> &mut [DmaBuf] {
+        match self {
+            Segments::None => &mut [],
+            Segments::One(buf) => std::slice::from_mut(buf),
+            Segments::Many(bufs) => bufs,
+        }
+    }
+
+    /// Total length in bytes.
+    pub fn len(&self) -> u64 {
+        self.as_slice().iter().map(|b| b.len() as u64).sum()
+    }
+
+    /// True when there are no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The single buffer of a request that was made with one.
+    pub fn into_one(self) -> Option<DmaBuf> {
+        match self {
+            Segments::One(buf) => Some(buf),
+            _ => None,
+        }
+    }
+}
+
+impl From<DmaBuf> for Segments {
+    fn from(buf: DmaBuf) -> Segments {
+        Segments::One(buf)
+    }
+}
+
+impl From<Vec<DmaBuf>> for Segments {
+    fn from(bufs: Vec<DmaBuf>) -> Segments {
+        Segments::Many(bufs)
+    }
+}

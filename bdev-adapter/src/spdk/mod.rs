@@ -1,0 +1,81 @@
+//! Devices of SPDK: any bdev (malloc, aio, uring, NVMe, logical volumes...) that SPDK's JSON configuration describes.
+//!
+//! `spdk-bdev:NAME?config=PATH` reads the configuration, lets SPDK carry it out, and opens the bdev NAME. SPDK's
+//! application framework is not used: there are no reactors, and nobody takes `main`. Instead:
+//!
+//! 1. **Environment** ([`env`]), one in a process, made by the first open: DPDK and SPDK are initialised on a helper
+//!    thread, `gaur-spdk`, which keeps its CPU affinity and stays for good. It owns SPDK's first ("app") thread and on it
+//!    loads configurations ([`rpc`](mod@rpc)), opens and closes bdevs, and every 10 ms polls whatever SPDK has to do
+//!    there (keep-alives, hot-plug). It does no I/O.
+//! 2. **Device** ([`device`]): an open descriptor, claimed for this process alone.
+//! 3. **Queue pair** ([`queue`]): an SPDK thread and an I/O channel of its own. Requests are submitted and polled by
+//!    whoever calls, on the caller's OS thread; an SPDK thread is a context that any OS thread may enter, one at a
+//!    time, and `&mut` sees to that.
+//!
+//! Memory for I/O comes from SPDK's huge pages through the crate's [`Pool`](crate::pool::Pool) ([`memory`]).
+//!
+//! What it does not do:
+//! - There is no way back: the environment lives until the process ends, also after the last device closed (DPDK cannot
+//!   be initialised twice).
+//! - No FUA and no atomicity beyond a block: the bdev interface has neither. FUA is a write and a flush.
+//! - The epoch of a bdev never changes: the bdev layer does not say when a controller was reset underneath it.
+//! - A queue pair that nobody polls holds up a reset or removal of its bdev, as any SPDK thread would.
+//! - Virtual bdevs are taken at their word. Above an NVMe bdev, in SPDK versions whose NVMe bdev module answers flushes
+//!   by itself (20.07), their flush reaches no drive; open the NVMe bdev itself where that matters.
+
+mod device;
+mod env;
+mod memory;
+mod queue;
+mod rpc;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+use std::ffi::CStr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::{Device, Error, OpenOptions};
+
+/// Opens the bdev `name`, after loading `config` (once in a process for each file) if it is given. `uri` is the device's
+/// name in messages.
+///
+/// # Errors
+/// [`Error::Unavailable`] when the system has no huge pages to give, [`Error::NotFound`] for a configuration or bdev that
+/// does not exist, [`Error::Busy`] when it is open or claimed already, [`Error::NotADevice`] when its geometry is of no
+/// use here, [`Error::Spdk`] for what SPDK refuses.
+pub fn open_bdev(
+    name: &str,
+    config: Option<&Path>,
+    options: &OpenOptions,
+    uri: &str,
+) -> Result<Arc<dyn Device>, Error> {
+    Ok(device::SpdkBdev::open(name, config, options.read_only, uri)?)
+}
+
+/// Calls an RPC method of SPDK's in this process, as a line of a JSON configuration would: for setting up what no file
+/// describes (`rpc("bdev_malloc_create", r#"{"name": "M", "num_blocks": 1024, "block_size": 4096}"#, ...)`).
+/// Calls run one after the other; opening and closing devices goes on meanwhile.
+///
+/// # Errors
+/// [`Error::Unavailable`] as for [`open_bdev`]; [`Error::Spdk`] with SPDK's answer, or when there was none within
+/// `timeout` (the call may still have its effect later).
+pub fn rpc(method: &str, params: &str, timeout: Duration) -> Result<(), Error> {
+    env::get(method)?.rpc(method, params, timeout)
+}
+
+/// The names of all bdevs that exist now.
+///
+/// # Errors
+/// [`Error::Unavailable`] as for [`open_bdev`].
+pub fn bdev_names() -> Result<Vec<String>, Error> {
+    env::get("bdev_names")?.bdev_names()
+}
+
+/// The version of the SPDK that is linked, as `SPDK v20.07`.
+pub fn version() -> &'static str {
+    // SAFETY: the shim returns a string constant.
+    unsafe { CStr::from_ptr(spdk_sys::version::gaur_spdk_version()) }.to_str().unwrap_or("SPDK")
+}

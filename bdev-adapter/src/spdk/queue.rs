@@ -1,0 +1,700 @@
+//! A queue pair of a bdev: an SPDK thread and an I/O channel, driven by whoever calls.
+//!
+//! The path of a request:
+//! 1. [`submit`](QueuePair::submit) checks it and puts it into a slot ([`Slots`]), on the `ready` list. What has no slot
+//!    yet, or must be carried out in steps, waits in `waiting`, in order.
+//! 2. [`kick`](QueuePair::kick) enters the SPDK thread once and starts everything that has a slot
+//!    ([`start_ready`](SpdkQueuePair::start_ready)), then gives slots to what waits
+//!    ([`start_waiting`](SpdkQueuePair::start_waiting)).
+//! 3. [`poll`](QueuePair::poll) kicks, polls the SPDK thread, whose completions put slots on the ring
+//!    ([`on_done`](super::slots::on_done)), and answers them ([`answer_done`](SpdkQueuePair::answer_done)).
+//!
+//! Requests of more than [`MAX_PIECE`] bytes or [`MAX_SEGMENTS`] segments, and writes with FUA (the bdev interface has
+//! none: a flush follows), are **split**: the request stays in a table, and pieces of it take slots ([`Split`]). One
+//! split at a time hands out pieces, at the head of the queue; any number may wait for their pieces.
+//!
+//! When SPDK has no memory for an I/O, the slot goes to the front of `ready` and the next kick tries again. When
+//! the bdev is removed, what did not start is answered with [`IoErrorKind::Gone`], and so is what fails from then on.
+//!
+//! Invariants:
+//! - Only this queue pair enters its SPDK thread, on the OS thread that holds `&mut self`, and leaves it before
+//!   returning.
+//! - No heap allocation per I/O once the queues have grown to what the caller uses.
+//! - Buffers are in a slot or a split from the moment SPDK may touch them until its callback was seen.
+
+use std::collections::VecDeque;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use spdk_sys::bdev::{
+    gaur_bdev_flush, iovec, spdk_bdev_get_io_channel, spdk_bdev_read_blocks, spdk_bdev_readv_blocks,
+    spdk_bdev_unmap_blocks, spdk_bdev_write_blocks, spdk_bdev_write_zeroes_blocks, spdk_bdev_writev_blocks,
+};
+use spdk_sys::thread::{
+    gaur_thread_destroy, gaur_thread_poll, spdk_get_thread, spdk_io_channel, spdk_put_io_channel, spdk_set_thread,
+    spdk_thread, spdk_thread_create,
+};
+
+use super::device::{DEPTH, EPOCH, MAX_PIECE, SpdkBdev};
+use super::memory;
+use super::slots::{MAX_SEGMENTS, Slots, Work, on_done};
+use crate::{Completion, Device, Error, IoErrorKind, Kind, QueuePair, Request, Segments};
+
+/// SPDK handles so many messages (completions among them) in one poll.
+const MESSAGE_BATCH: usize = 8;
+/// How long a queue pair that is dropped waits for its SPDK thread to come to rest after its I/O is done.
+const REST_MS: u32 = 10_000;
+
+pub(super) struct SpdkQueuePair {
+    thread: NonNull<spdk_thread>,
+    channel: NonNull<spdk_io_channel>,
+    slots: Slots,
+    /// Slots that SPDK does not know yet.
+    ready: VecDeque<u32>,
+    /// Slots that SPDK knows.
+    in_flight: usize,
+    /// Requests without a slot.
+    waiting: VecDeque<Request>,
+    splits: Splits,
+    /// Answers that need no device.
+    answered: Vec<Completion>,
+    outstanding: usize,
+    /// No request that did not start has an earlier deadline.
+    earliest_deadline: Option<Instant>,
+    /// Calls of `wait` since something was answered.
+    idle_waits: u32,
+    block_shift: u32,
+    flush_needed: bool,
+    /// Last, so that the bdev is closed after the channel was put.
+    device: Arc<SpdkBdev>,
+}
+
+// SAFETY: an SPDK thread and its channels may be used from any OS thread, by one at a time; `&mut self` (or ownership)
+// makes it one. The slots and their ring belong to this value alone.
+unsafe impl Send for SpdkQueuePair {}
+
+impl SpdkQueuePair {
+    pub(super) fn new(device: Arc<SpdkBdev>) -> Result<SpdkQueuePair, Error> {
+        let no_memory = |what: &str| Error::Spdk {
+            what: format!("cannot open a queue pair of '{}'", device.name()),
+            why: format!("no {what}; {} huge pages are free, {}", memory::free_pages(), memory::MEND),
+        };
+        if device.is_gone() {
+            let why = "the bdev was removed".to_owned();
+            return Err(Error::NotFound { device: device.name().to_owned(), why });
+        }
+        // SAFETY: the environment is initialised (a device is open); the name is copied.
+        let thread = unsafe { spdk_thread_create(c"gaur-queue".as_ptr(), ptr::null_mut()) };
+        let thread = NonNull::new(thread).ok_or_else(|| no_memory("SPDK thread"))?;
+        let channel = {
+            let _inside = Inside::enter(thread);
+            // SAFETY: the descriptor is open as long as `device` lives; we are inside the thread that is to own the
+            // channel.
+            unsafe { spdk_bdev_get_io_channel(device.opened().desc.as_ptr()) }
+        };
+        let Some(channel) = NonNull::new(channel) else {
+            // SAFETY: nobody else knows the thread, and it has no channels.
+            unsafe { gaur_thread_destroy(thread.as_ptr(), REST_MS) };
+            return Err(no_memory("I/O channel"));
+        };
+        let depth = DEPTH as usize;
+        Ok(SpdkQueuePair {
+            thread,
+            channel,
+            slots: Slots::new(DEPTH),
+            ready: VecDeque::with_capacity(depth),
+            in_flight: 0,
+            waiting: VecDeque::with_capacity(depth),
+            splits: Splits::default(),
+            answered: Vec::with_capacity(depth),
+            outstanding: 0,
+            earliest_deadline: None,
+            idle_waits: 0,
+            block_shift: device.geometry().block_size.trailing_zeros(),
+            flush_needed: device.geometry().volatile_cache,
+            device,
+        })
+    }
+
+    /// What can be said against a request without asking the device; `Some(Ok)` if nothing is left to do.
+    #[inline]
+    fn judge(&self, request: &Request) -> Option<Result<(), IoErrorKind>> {
+        if let Err(why) = request.check(self.device.geometry(), self.device.read_only()) {
+            return Some(Err(why));
+        }
+        match request.kind {
+            Kind::Read => None,
+            Kind::Write | Kind::WriteZeroes if request.hints.fua => self.judge_durability().and_then(Result::err).map(Err),
+            Kind::Write | Kind::WriteZeroes => None,
+            Kind::Flush { epoch } if epoch != EPOCH => {
+                Some(Err(IoErrorKind::EpochLost { expected: epoch, now: EPOCH }))
+            }
+            Kind::Flush { .. } => self.judge_durability(),
+            Kind::Unmap => (!self.device.geometry().unmap).then_some(Err(IoErrorKind::Unsupported)),
+        }
+    }
+
+    fn judge_durability(&self) -> Option<Result<(), IoErrorKind>> {
+        if !self.flush_needed || self.device.read_only() {
+            Some(Ok(()))
+        } else if self.device.opened().info.can_flush {
+            None
+        } else {
+            Some(Err(IoErrorKind::Unsupported))
+        }
+    }
+
+    /// Whether one I/O of SPDK's carries out the request.
+    #[inline]
+    fn is_simple(&self, request: &Request) -> bool {
+        match request.kind {
+            Kind::Read | Kind::Write if request.len > MAX_PIECE || request.bufs.as_slice().len() > MAX_SEGMENTS => false,
+            Kind::Write | Kind::WriteZeroes => !(request.hints.fua && self.flush_needed),
+            _ => true,
+        }
+    }
+
+    /// Starts what has a slot. False when SPDK has no memory for more.
+    #[inline]
+    fn start_ready(&mut self) -> bool {
+        while let Some(index) = self.ready.pop_front() {
+            if !self.start(index) {
+                self.ready.push_front(index);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Gives slots to what waits and starts it, until there is no slot or SPDK has no memory.
+    #[cold]
+    fn start_waiting(&mut self) {
+        while self.slots.has_free() {
+            let Some(work) = self.splits.next_piece().or_else(|| self.next_waiting()) else { return };
+            if let Work::None = work {
+                // A request was answered, or became a split.
+                continue;
+            }
+            let Ok(index) = self.slots.take(work) else { return };
+            if !self.start(index) {
+                self.ready.push_front(index);
+                return;
+            }
+        }
+    }
+
+    /// The next of the requests that wait, if it is simple; `Work::None` if it was dealt with in another way.
+    fn next_waiting(&mut self) -> Option<Work> {
+        let request = self.waiting.pop_front()?;
+        if is_late(&request, || Instant::now()) {
+            self.answer(request, Err(IoErrorKind::TimedOut));
+        } else if self.is_simple(&request) {
+            return Some(Work::Whole(request));
+        } else {
+            let flush = request.hints.fua && self.flush_needed && request.kind != Kind::Read;
+            self.splits.begin(request, flush);
+        }
+        Some(Work::None)
+    }
+
+    /// Starts the I/O of slot `index`. Must be inside the SPDK thread. False when SPDK has no memory for it now; an
+    /// I/O that SPDK refuses for another reason is done, with an error.
+    #[inline]
+    fn start(&mut self, index: u32) -> bool {
+        let segments = self.slots.segments(index);
+        let (kind, offset, len, io) = match self.slots.work(index) {
+            Work::Whole(request) => {
+                // SAFETY: the slot has room for `MAX_SEGMENTS` (checked by `is_simple`), and SPDK does not know it.
+                let io = unsafe { Io::of_bufs(&request.bufs, segments) };
+                (request.kind, request.offset, request.len, io)
+            }
+            &mut Work::Piece { split, kind, offset, len, segments: count } => {
+                // SAFETY: as above; a piece has at most `MAX_SEGMENTS` segments.
+                let io = unsafe { self.splits.fill(split, offset, len, count, segments) };
+                (kind, offset, len, io)
+            }
+            Work::None => return true,
+        };
+        let rc = self.call_spdk(kind, offset >> self.block_shift, len >> self.block_shift, io, index);
+        if rc == 0 {
+            self.in_flight += 1;
+            return true;
+        }
+        if rc == -libc::ENOMEM {
+            return false;
+        }
+        self.slots.refuse(index, if self.device.is_gone() { IoErrorKind::Gone } else { IoErrorKind::Os(-rc) });
+        self.in_flight += 1;
+        true
+    }
+
+    #[inline]
+    fn call_spdk(&self, kind: Kind, block: u64, blocks: u64, io: Io, index: u32) -> i32 {
+        let opened = self.device.opened();
+        let (desc, channel) = (opened.desc.as_ptr(), self.channel.as_ptr());
+        let (done, argument) = (Some(on_done as _), self.slots.argument(index));
+        // SAFETY: the descriptor is open and the channel belongs to the SPDK thread we are in. The range lies inside the
+        // bdev (`Request::check`). Buffers and segments stay where they are until `on_done` was called for the slot:
+        // they are owned by its work or its split, and both are kept until then.
+        unsafe {
+            match (kind, io) {
+                (Kind::Read, Io::One(buf)) => {
+                    spdk_bdev_read_blocks(desc, channel, buf, block, blocks, done, argument)
+                }
+                (Kind::Read, Io::Many(segments, count)) => {
+                    spdk_bdev_readv_blocks(desc, channel, segments, count, block, blocks, done, argument)
+                }
+                (Kind::Write, Io::One(buf)) => {
+                    spdk_bdev_write_blocks(desc, channel, buf, block, blocks, done, argument)
+                }
+                (Kind::Write, Io::Many(segments, count)) => {
+                    spdk_bdev_writev_blocks(desc, channel, segments, count, block, blocks, done, argument)
+                }
+                (Kind::Flush { .. }, _) => gaur_bdev_flush(opened.bdev(), channel, done, argument),
+                (Kind::WriteZeroes, _) => {
+                    spdk_bdev_write_zeroes_blocks(desc, channel, block, blocks, done, argument)
+                }
+                (Kind::Unmap, _) => spdk_bdev_unmap_blocks(desc, channel, block, blocks, done, argument),
+            }
+        }
+    }
+
+    /// Answers the requests of all slots on the ring.
+    #[inline]
+    fn answer_done(&mut self, completions: &mut Vec<Completion>) {
+        let done = self.slots.done();
+        for i in 0..done {
+            let (index, result) = self.slots.outcome(i);
+            let result = match result {
+                Ok(()) => Ok(()),
+                Err(_) if self.device.is_gone() => Err(IoErrorKind::Gone),
+                Err(why) => Err(why),
+            };
+            match self.slots.free(index) {
+                Work::Whole(request) => completions.push(request.complete(result, EPOCH)),
+                Work::Piece { split, .. } => {
+                    if let Some((request, result)) = self.splits.piece_done(split, result) {
+                        completions.push(request.complete(result, EPOCH));
+                    }
+                }
+                Work::None => {}
+            }
+        }
+        self.slots.clear_done();
+        self.in_flight -= done;
+    }
+
+    /// Answers a request that needs no device, at the next poll.
+    fn answer(&mut self, request: Request, result: Result<(), IoErrorKind>) {
+        self.answered.push(request.complete(result, EPOCH));
+    }
+
+    /// Answers everything that did not start: the bdev is gone.
+    #[cold]
+    fn answer_gone(&mut self) {
+        while let Some(index) = self.ready.pop_front() {
+            self.slots.refuse(index, IoErrorKind::Gone);
+            self.in_flight += 1;
+        }
+        while let Some((request, result)) = self.splits.abandon(IoErrorKind::Gone) {
+            self.answer(request, result);
+        }
+        while let Some(request) = self.waiting.pop_front() {
+            self.answer(request, Err(IoErrorKind::Gone));
+        }
+    }
+
+    /// Answers the requests that did not start and whose deadline has passed.
+    #[cold]
+    fn answer_late(&mut self) {
+        let now = Instant::now();
+        if self.earliest_deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.earliest_deadline = None;
+        for _ in 0..self.waiting.len() {
+            let Some(request) = self.waiting.pop_front() else { break };
+            if is_late(&request, || now) {
+                self.answer(request, Err(IoErrorKind::TimedOut));
+            } else {
+                self.note_deadline(&request);
+                self.waiting.push_back(request);
+            }
+        }
+        for _ in 0..self.ready.len() {
+            let Some(index) = self.ready.pop_front() else { break };
+            let deadline = match self.slots.work(index) {
+                Work::Whole(request) => request.hints.deadline,
+                Work::Piece { .. } | Work::None => None,
+            };
+            if deadline.is_some_and(|deadline| deadline <= now) {
+                self.slots.refuse(index, IoErrorKind::TimedOut);
+                self.in_flight += 1;
+            } else {
+                self.earliest_deadline = [self.earliest_deadline, deadline].into_iter().flatten().min();
+                self.ready.push_back(index);
+            }
+        }
+    }
+
+    #[inline]
+    fn note_deadline(&mut self, request: &Request) {
+        if let Some(deadline) = request.hints.deadline {
+            self.earliest_deadline = Some(self.earliest_deadline.map_or(deadline, |earliest| earliest.min(deadline)));
+        }
+    }
+
+    #[inline]
+    fn has_unstarted(&self) -> bool {
+        !self.ready.is_empty() || !self.waiting.is_empty() || self.splits.has_pieces()
+    }
+
+    #[inline]
+    fn start_all(&mut self) {
+        if self.device.is_gone() {
+            return self.answer_gone();
+        }
+        let _inside = Inside::enter(self.thread);
+        if self.start_ready() && (!self.waiting.is_empty() || self.splits.has_pieces()) {
+            self.start_waiting();
+        }
+    }
+
+    /// Polls the SPDK thread until it has handled the messages it has.
+    #[inline]
+    fn poll_spdk(&mut self) {
+        loop {
+            let before = self.slots.done();
+            // SAFETY: the thread is ours, and nobody else is inside it.
+            unsafe { gaur_thread_poll(self.thread.as_ptr()) };
+            if self.slots.done() - before < MESSAGE_BATCH || self.slots.done() >= self.in_flight {
+                return;
+            }
+        }
+    }
+}
+
+impl QueuePair for SpdkQueuePair {
+    fn submit(&mut self, request: Request) {
+        self.outstanding += 1;
+        if let Some(result) = self.judge(&request) {
+            return self.answer(request, result);
+        }
+        self.note_deadline(&request);
+        if self.waiting.is_empty() && !self.splits.has_pieces() && self.is_simple(&request) {
+            match self.slots.take(Work::Whole(request)) {
+                Ok(index) => self.ready.push_back(index),
+                Err(Work::Whole(request)) => self.waiting.push_back(request),
+                Err(_) => {}
+            }
+        } else {
+            self.waiting.push_back(request);
+        }
+    }
+
+    fn kick(&mut self) {
+        if self.earliest_deadline.is_some() {
+            self.answer_late();
+        }
+        if self.has_unstarted() {
+            self.start_all();
+        }
+    }
+
+    fn poll(&mut self, completions: &mut Vec<Completion>) -> usize {
+        let before = completions.len();
+        self.kick();
+        self.poll_spdk();
+        self.answer_done(completions);
+        if self.has_unstarted() {
+            // Slots are free again: the device should not wait for the next poll.
+            self.start_all();
+        }
+        completions.append(&mut self.answered);
+        let answered = completions.len() - before;
+        self.outstanding -= answered;
+        if answered > 0 {
+            self.idle_waits = 0;
+        }
+        answered
+    }
+
+    fn outstanding(&self) -> usize {
+        self.outstanding
+    }
+
+    /// Polling finds completions; so this returns at once while they are frequent, then yields, then naps.
+    fn wait(&mut self, timeout: Duration) {
+        if !self.answered.is_empty() || timeout.is_zero() {
+            return;
+        }
+        self.idle_waits = self.idle_waits.saturating_add(1);
+        match self.idle_waits {
+            0..200 => std::hint::spin_loop(),
+            200..1000 => thread::yield_now(),
+            _ => thread::sleep(timeout.min(Duration::from_micros(20))),
+        }
+    }
+}
+
+impl Drop for SpdkQueuePair {
+    fn drop(&mut self) {
+        // What did not start never will; what did may still write into its buffers.
+        let mut last_words = Instant::now();
+        let mut completions = Vec::with_capacity(self.in_flight);
+        while self.in_flight > 0 {
+            self.poll_spdk();
+            if self.slots.done() > 0 {
+                self.answer_done(&mut completions);
+                completions.clear();
+            } else {
+                thread::yield_now();
+            }
+            if last_words.elapsed() > Duration::from_secs(10) {
+                log::warn!("{}: closing waits for {} requests", self.device.name(), self.in_flight);
+                last_words = Instant::now();
+            }
+        }
+        {
+            let _inside = Inside::enter(self.thread);
+            // SAFETY: the channel is ours, in its own thread, and has nothing in flight.
+            unsafe { spdk_put_io_channel(self.channel.as_ptr()) };
+        }
+        // SAFETY: nobody else uses the thread, and its channel was put.
+        if !unsafe { gaur_thread_destroy(self.thread.as_ptr(), REST_MS) } {
+            log::error!("{}: an SPDK thread did not come to rest and is leaked", self.device.name());
+        }
+    }
+}
+
+fn is_late(request: &Request, now: impl FnOnce() -> Instant) -> bool {
+    request.hints.deadline.is_some_and(|deadline| deadline <= now())
+}
+
+/// Being inside an SPDK thread; restores what was before (an embedder may use SPDK itself).
+struct Inside {
+    before: *mut spdk_thread,
+}
+
+impl Inside {
+    #[inline]
+    fn enter(thread: NonNull<spdk_thread>) -> Inside {
+        // SAFETY: these read and write a variable of this OS thread.
+        let before = unsafe { spdk_get_thread() };
+        // SAFETY: as above; `thread` is alive, and the caller is the only one to use it.
+        unsafe { spdk_set_thread(thread.as_ptr()) };
+        Inside { before }
+    }
+}
+
+impl Drop for Inside {
+    #[inline]
+    fn drop(&mut self) {
+        // SAFETY: restores what this OS thread had before.
+        unsafe { spdk_set_thread(self.before) };
+    }
+}
+
+/// Where the data of an I/O is.
+#[derive(Clone, Copy)]
+enum Io {
+    /// One buffer, or none (null).
+    One(*mut std::ffi::c_void),
+    Many(*mut iovec, i32),
+}
+
+impl Io {
+    /// The buffers of a whole request.
+    ///
+    /// # Safety
+    /// `segments` has room for as many as there are buffers (one needs none), and SPDK does not use it.
+    #[inline]
+    unsafe fn of_bufs(bufs: &Segments, segments: *mut iovec) -> Io {
+        match bufs {
+            Segments::None => Io::One(ptr::null_mut()),
+            Segments::One(buf) => Io::One(buf.as_ptr().cast()),
+            Segments::Many(bufs) => {
+                for (i, buf) in bufs.iter().enumerate() {
+                    // SAFETY: `i` is below the number of buffers, for which there is room.
+                    unsafe { segments.add(i).write(iovec { iov_base: buf.as_ptr().cast(), iov_len: buf.len() }) };
+                }
+                Io::Many(segments, bufs.len() as i32)
+            }
+        }
+    }
+}
+
+/// A request that is carried out in pieces, and maybe a flush at the end.
+struct Split {
+    /// None once it was answered (its number is free then).
+    request: Option<Request>,
+    /// Bytes of it that were handed out.
+    handed_out: u64,
+    pieces_out: u32,
+    error: Option<IoErrorKind>,
+    flush: bool,
+}
+
+/// All splits; see the module documentation.
+#[derive(Default)]
+struct Splits {
+    table: Vec<Split>,
+    free: Vec<u32>,
+    /// Those with something left to hand out: data pieces of one (the last), the flushes of others before it.
+    handing_out: VecDeque<u32>,
+}
+
+impl Splits {
+    fn begin(&mut self, request: Request, flush: bool) {
+        let split = Split { request: Some(request), handed_out: 0, pieces_out: 0, error: None, flush };
+        let number = match self.free.pop() {
+            Some(number) => {
+                self.table[number as usize] = split;
+                number
+            }
+            None => {
+                self.table.push(split);
+                (self.table.len() - 1) as u32
+            }
+        };
+        self.handing_out.push_back(number);
+    }
+
+    #[inline]
+    fn has_pieces(&self) -> bool {
+        !self.handing_out.is_empty()
+    }
+
+    /// The next piece to start.
+    fn next_piece(&mut self) -> Option<Work> {
+        let number = *self.handing_out.front()?;
+        let split = &mut self.table[number as usize];
+        let request = split.request.as_ref()?;
+        let rest = request.len - split.handed_out;
+        let piece = if rest == 0 {
+            let kind = Kind::Flush { epoch: EPOCH };
+            split.flush = false;
+            Work::Piece { split: number, kind, offset: 0, len: 0, segments: 0 }
+        } else {
+            let (len, segments) = match request.kind {
+                Kind::Read | Kind::Write => piece_of(request.bufs.as_slice(), split.handed_out, rest.min(MAX_PIECE)),
+                _ => (rest, 0),
+            };
+            let offset = request.offset + split.handed_out;
+            split.handed_out += len;
+            Work::Piece { split: number, kind: request.kind, offset, len, segments }
+        };
+        split.pieces_out += 1;
+        if split.handed_out == request.len {
+            // A flush is handed out when all of the data is written; see `piece_done`.
+            self.handing_out.pop_front();
+        }
+        Some(piece)
+    }
+
+    /// Writes the segments of a piece.
+    ///
+    /// # Safety
+    /// There is room for `count` of them, and SPDK does not use it.
+    unsafe fn fill(&self, number: u32, offset: u64, len: u64, count: u32, segments: *mut iovec) -> Io {
+        let Some(request) = self.table[number as usize].request.as_ref().filter(|_| count > 0) else {
+            return Io::One(ptr::null_mut());
+        };
+        let mut filled = 0;
+        for_each_segment(request.bufs.as_slice(), offset - request.offset, len, |base, len| {
+            if filled == count as usize {
+                return false;
+            }
+            // SAFETY: `filled < count`.
+            unsafe { segments.add(filled).write(iovec { iov_base: base.cast(), iov_len: len }) };
+            filled += 1;
+            true
+        });
+        Io::Many(segments, filled as i32)
+    }
+
+    /// Notes that a piece is done; the request with its result when that was the last of it.
+    fn piece_done(
+        &mut self,
+        number: u32,
+        result: Result<(), IoErrorKind>,
+    ) -> Option<(Request, Result<(), IoErrorKind>)> {
+        let split = &mut self.table[number as usize];
+        split.pieces_out -= 1;
+        if let Err(why) = result {
+            split.error.get_or_insert(why);
+            // The rest is not worth starting.
+            if let Some(request) = &split.request
+                && split.handed_out < request.len
+            {
+                split.handed_out = request.len;
+                self.handing_out.retain(|other| *other != number);
+            }
+        }
+        self.finish(number)
+    }
+
+    /// The request and its result, when nothing of it is out or left to do. Queues its flush if that is what is left.
+    fn finish(&mut self, number: u32) -> Option<(Request, Result<(), IoErrorKind>)> {
+        let split = &mut self.table[number as usize];
+        let unfinished = split.request.as_ref().is_none_or(|request| split.handed_out < request.len);
+        if split.pieces_out > 0 || unfinished {
+            return None;
+        }
+        if split.flush && split.error.is_none() {
+            self.handing_out.push_front(number);
+            return None;
+        }
+        let request = split.request.take()?;
+        self.free.push(number);
+        Some((request, split.error.map_or(Ok(()), Err)))
+    }
+
+    /// Gives up one split with something left to hand out; its request, unless pieces of it are still out.
+    fn abandon(&mut self, why: IoErrorKind) -> Option<(Request, Result<(), IoErrorKind>)> {
+        while let Some(number) = self.handing_out.pop_front() {
+            let split = &mut self.table[number as usize];
+            split.error.get_or_insert(why);
+            if let Some(request) = &split.request {
+                split.handed_out = request.len;
+            }
+            if let Some(finished) = self.finish(number) {
+                return Some(finished);
+            }
+        }
+        None
+    }
+}
+
+/// Calls `f` with each contiguous part of the bytes `[start, start + len)` of the buffers, until it returns false.
+fn for_each_segment(bufs: &[crate::DmaBuf], start: u64, len: u64, mut f: impl FnMut(*mut u8, usize) -> bool) {
+    let (mut skip, mut rest) = (start as usize, len as usize);
+    for buf in bufs {
+        if rest == 0 {
+            return;
+        }
+        if skip >= buf.len() {
+            skip -= buf.len();
+            continue;
+        }
+        let part = (buf.len() - skip).min(rest);
+        if !f(buf.as_ptr().wrapping_add(skip), part) {
+            return;
+        }
+        (skip, rest) = (0, rest - part);
+    }
+}
+
+/// How much of `[start, start + len)` goes into one piece, and in how many segments. Buffers are multiples of the block
+/// size, so the piece is one, too.
+fn piece_of(bufs: &[crate::DmaBuf], start: u64, len: u64) -> (u64, u32) {
+    let (mut bytes, mut segments) = (0, 0);
+    for_each_segment(bufs, start, len, |_, part| {
+        bytes += part as u64;
+        segments += 1;
+        (segments as usize) < MAX_SEGMENTS
+    });
+    (bytes, segments)
+}

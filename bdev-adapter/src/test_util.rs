@@ -1,0 +1,11 @@
+//! What the unit tests of this crate share.
+
+/// The seed of a randomised test: `GAUR_SEED`, else the clock. It is printed, so that a failure can be replayed.
+pub(crate) fn seed() -> u64 {
+    let seed = std::env::var("GAUR_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        now.as_nanos() as u64
+    });
+    println!("GAUR_SEED={seed}");
+    seed
+}

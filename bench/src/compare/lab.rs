@@ -1,0 +1,145 @@
+//! The bench on which rows are measured: the device, how long, and what rows build on it.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bdev_adapter::Device;
+use fs_core::{Channel, File, Filesystem, MountOptions, OpenFlags};
+
+use super::pump::{Until, pump};
+use crate::failure::{Doing, Failure, Result};
+use crate::lane::{FileLane, Lane, RawLane};
+use crate::out::Bars;
+use crate::session::{Access, dma_buffers, format_device, open_device};
+use crate::units::MIB;
+
+/// Bytes of one access when data is laid out.
+const PIECE: usize = 1 << 20;
+/// Accesses in flight then.
+const DEPTH: usize = 8;
+/// No more of a device than this is touched beforehand: no row uses more.
+const TOUCHED_MAX: u64 = 3 << 30;
+
+/// Where and how rows are measured.
+pub(crate) struct Lab {
+    /// The device under test; every row begins by formatting it.
+    pub(crate) device: Arc<dyn Device>,
+    /// How long a sample takes, about.
+    pub(crate) seconds: Duration,
+    /// Seed of everything random.
+    pub(crate) seed: u64,
+    /// Progress for people.
+    pub(crate) bars: Bars,
+    /// Erase what is on the device. False only until the first format went through.
+    force: Cell<bool>,
+    touched: Cell<bool>,
+}
+
+impl Lab {
+    /// Opens the device at `uri`.
+    pub(crate) fn open(uri: &str, force: bool, seconds: Duration, seed: u64, bars: Bars) -> Result<Lab> {
+        if seconds.is_zero() {
+            return Err(Failure::Usage("--seconds must be more than zero".to_owned()));
+        }
+        let device = open_device(uri, Access::Create)?;
+        Ok(Lab { device, seconds, seed, bars, force: Cell::new(force), touched: Cell::new(false) })
+    }
+
+    /// A fresh filesystem on the device, mounted with everything on the calling thread: rows count one core, and a helper
+    /// thread would do part of the work on another.
+    pub(crate) fn fresh(&self) -> Result<Mounted> {
+        format_device(&self.device, "compare", self.force.get())?;
+        self.force.set(true);
+        let options = MountOptions { helper_thread: false, ..MountOptions::default() };
+        let fs = Filesystem::mount(Arc::clone(&self.device), &options).doing("mount the filesystem")?;
+        let channel = fs.channel().doing("open a channel")?;
+        Ok(Mounted { channel, fs })
+    }
+
+    /// Makes sure that every byte that a row may use has been written once: memory that never was is a shared page of
+    /// zeroes, a hole in a file is no I/O at all, and reading those would flatter the raw device.
+    pub(crate) fn touch_device(&self) -> Result<()> {
+        if self.touched.get() {
+            return Ok(());
+        }
+        // Formatting refuses to erase a filesystem unless told to; raw writes must not get around that.
+        self.fresh()?.unmount()?;
+        let bytes = self.device.geometry().capacity.min(TOUCHED_MAX);
+        let bar = self.bars.bytes("touch the device", bytes);
+        let mut lane = RawLane::new(&self.device, 0)?;
+        write_all(&mut lane, &self.device, bytes, PIECE, &mut |done| bar.set_position(done))?;
+        bar.finish_and_clear();
+        self.touched.set(true);
+        Ok(())
+    }
+
+    /// A file size for streams: `wanted`, or what fits well on the device.
+    pub(crate) fn span(&self, wanted: u64) -> Result<u64> {
+        let piece = PIECE as u64;
+        let span = wanted.min(self.device.geometry().capacity / 5 * 2) / piece * piece;
+        if span == 0 {
+            return Err(Failure::new(
+                "the device is too small to measure anything on it; 64 MiB is the least",
+            ));
+        }
+        Ok(span)
+    }
+}
+
+/// A mounted filesystem with a channel of the measuring thread.
+pub(crate) struct Mounted {
+    // The channel is dropped before the filesystem.
+    pub(crate) channel: Channel,
+    pub(crate) fs: Filesystem,
+}
+
+impl Mounted {
+    /// Unmounts cleanly.
+    pub(crate) fn unmount(self) -> Result<()> {
+        drop(self.channel);
+        self.fs.unmount().doing("unmount the filesystem")
+    }
+
+    /// Creates a file.
+    pub(crate) fn create(&self, name: &str) -> Result<File> {
+        self.channel.open(name, OpenFlags::CREATE | OpenFlags::EXCLUSIVE).doing(format!("create '{name}'"))
+    }
+
+    /// Creates a file of `bytes` sequentially written bytes.
+    pub(crate) fn create_filled(&self, lab: &Lab, name: &str, bytes: u64) -> Result<File> {
+        let file = self.create(name)?;
+        let bar = lab.bars.bytes("write the file", bytes);
+        let mut lane = FileLane::new(&self.channel, file.clone());
+        write_all(&mut lane, &lab.device, bytes, PIECE, &mut |done| bar.set_position(done))?;
+        self.channel.sync().doing("sync the filesystem")?;
+        bar.finish_and_clear();
+        Ok(file)
+    }
+}
+
+/// Writes `bytes` from offset 0 on in pieces of `piece` bytes (the rest, if any, stays unwritten).
+fn write_all(
+    lane: &mut impl Lane,
+    device: &Arc<dyn Device>,
+    bytes: u64,
+    piece: usize,
+    progress: &mut dyn FnMut(u64),
+) -> Result<()> {
+    let mut buffers = dma_buffers(device, DEPTH, piece)?;
+    for (number, buf) in buffers.iter_mut().enumerate() {
+        crate::transfer::edit::pattern(number as u64, 0, buf);
+    }
+    let mut at = 0;
+    pump(lane, &mut buffers, Until::Operations(bytes / piece as u64), |lane, buf| {
+        lane.write(at, buf, 0);
+        at += piece as u64;
+        progress(at);
+    })?;
+    Ok(())
+}
+
+/// MiB per second.
+pub(crate) fn mib_per_s(bytes: u64, time: Duration) -> f64 {
+    bytes as f64 / MIB / time.as_secs_f64().max(1e-9)
+}

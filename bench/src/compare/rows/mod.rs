@@ -1,0 +1,13 @@
+//! The rows, one file a family.
+
+mod mount;
+mod names;
+mod randread;
+mod stream;
+
+use super::row::Row;
+
+/// All rows, in the order in which they are measured.
+pub(crate) fn all() -> impl Iterator<Item = &'static Row> {
+    [randread::ROWS, stream::ROWS, mount::ROWS, names::ROWS].into_iter().flatten()
+}

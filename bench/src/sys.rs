@@ -1,0 +1,108 @@
+//! What only the operating system can tell or do: CPU time of a thread, pinning, peak memory.
+//!
+//! All `unsafe` of the bench is here: four libc calls that fill plain structs.
+
+use std::mem;
+
+/// CPU time that the calling thread has used, in nanoseconds.
+pub(crate) fn thread_cpu_ns() -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the pointer is to a live timespec, which the call fills. The clock exists on every Linux.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    if result != 0 {
+        return 0;
+    }
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// What the calling thread has used of the machine.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct ThreadUsage {
+    /// CPU time in user mode, microseconds.
+    pub(crate) user_us: u64,
+    /// CPU time in the kernel, microseconds.
+    pub(crate) system_us: u64,
+    /// Context switches, voluntary and not.
+    pub(crate) switches: u64,
+    /// Page faults that needed I/O.
+    pub(crate) major_faults: u64,
+    /// Other page faults.
+    pub(crate) minor_faults: u64,
+}
+
+impl ThreadUsage {
+    /// As of now.
+    pub(crate) fn now() -> ThreadUsage {
+        // SAFETY: rusage is plain numbers, for which zeroes are valid.
+        let mut usage: libc::rusage = unsafe { mem::zeroed() };
+        // SAFETY: the pointer is to a live rusage, which the call fills.
+        if unsafe { libc::getrusage(libc::RUSAGE_THREAD, &mut usage) } != 0 {
+            return ThreadUsage::default();
+        }
+        let us = |t: libc::timeval| t.tv_sec as u64 * 1_000_000 + t.tv_usec as u64;
+        ThreadUsage {
+            user_us: us(usage.ru_utime),
+            system_us: us(usage.ru_stime),
+            switches: (usage.ru_nvcsw + usage.ru_nivcsw) as u64,
+            major_faults: usage.ru_majflt as u64,
+            minor_faults: usage.ru_minflt as u64,
+        }
+    }
+
+    /// What was used since `earlier`.
+    pub(crate) fn since(self, earlier: ThreadUsage) -> ThreadUsage {
+        ThreadUsage {
+            user_us: self.user_us - earlier.user_us,
+            system_us: self.system_us - earlier.system_us,
+            switches: self.switches - earlier.switches,
+            major_faults: self.major_faults - earlier.major_faults,
+            minor_faults: self.minor_faults - earlier.minor_faults,
+        }
+    }
+}
+
+/// Keeps the calling thread on one core; dropping it restores what was. Threads started meanwhile inherit the pin, so
+/// pin after the mount, whose helper thread wants another core.
+pub(crate) struct Pinned {
+    before: libc::cpu_set_t,
+}
+
+impl Pinned {
+    /// Pins the calling thread to the last core it may run on (interrupts tend to be on the first). `None` when the
+    /// system does not allow it: the figures are a little less steady then.
+    pub(crate) fn to_last_core() -> Option<Pinned> {
+        // SAFETY: cpu_set_t is a plain bit mask, for which zeroes are valid.
+        let mut before: libc::cpu_set_t = unsafe { mem::zeroed() };
+        // SAFETY: the pointer is to a live mask of the length given; 0 is the calling thread.
+        if unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut before) } != 0 {
+            return None;
+        }
+        // SAFETY: every index is below CPU_SETSIZE, the number of bits in the mask.
+        let core =
+            (0..libc::CPU_SETSIZE as usize).rfind(|&core| unsafe { libc::CPU_ISSET(core, &before) })?;
+        // SAFETY: as for `before`.
+        let mut mask: libc::cpu_set_t = unsafe { mem::zeroed() };
+        // SAFETY: the index came from the same range as above.
+        unsafe { libc::CPU_SET(core, &mut mask) };
+        set_affinity(&mask).then_some(Pinned { before })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        set_affinity(&self.before);
+    }
+}
+
+fn set_affinity(mask: &libc::cpu_set_t) -> bool {
+    // SAFETY: the pointer is to a live mask of the length given; 0 is the calling thread.
+    unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), mask) == 0 }
+}
+
+/// The most memory that this process has had resident so far, in bytes; `None` where the system does not tell.
+pub(crate) fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,180 @@
+//! The engine of a channel: its queue pair and the operations that it drives to completion.
+//!
+//! One call of [`Engine::poll`]: run the tasks that are ready, submit what they asked for, ring the doorbell once, take the
+//! completions, wake who waited for them, and run those tasks too. It never blocks.
+//!
+//! The engine sits behind a claim (a mutex) so that a thread which waits for something that this channel owns can drive
+//! it when its own thread has left it alone.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Wake, Waker};
+use std::time::Duration;
+
+use bdev_adapter::{QueuePair, Request};
+
+use super::fast_read::FastReads;
+use super::io::{Io, Shared};
+
+/// Tags with this bit are fast reads, the others are slots of [`Shared`].
+pub(super) const FAST_READ: u64 = 1 << 63;
+
+type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+struct TaskSlot {
+    task: Option<Task>,
+    waker: Waker,
+}
+
+struct TaskWaker {
+    shared: Weak<Shared>,
+    index: u32,
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.make_ready(self.index);
+        }
+    }
+}
+
+/// See the module documentation.
+pub(crate) struct Engine {
+    /// Taken away at unmount.
+    pub(super) queue_pair: Option<Box<dyn QueuePair>>,
+    pub(super) reads: FastReads,
+    tasks: Vec<TaskSlot>,
+    free: Vec<u32>,
+    active: usize,
+    io: Io,
+    // Scratch, kept for their capacity.
+    completions: Vec<bdev_adapter::Completion>,
+    outgoing: Vec<Request>,
+    ready: Vec<u32>,
+}
+
+impl Engine {
+    pub(super) fn new(queue_pair: Box<dyn QueuePair>, io: Io, reads: FastReads) -> Engine {
+        Engine {
+            queue_pair: Some(queue_pair),
+            reads,
+            tasks: Vec::new(),
+            free: Vec::new(),
+            active: 0,
+            io,
+            completions: Vec::new(),
+            outgoing: Vec::new(),
+            ready: Vec::new(),
+        }
+    }
+
+    /// Takes an operation over; it runs when the engine is polled.
+    pub(super) fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        let task: Task = Box::pin(task);
+        let index = match self.free.pop() {
+            Some(index) => {
+                self.tasks[index as usize].task = Some(task);
+                index
+            }
+            None => {
+                let index = self.tasks.len() as u32;
+                let waker = Waker::from(Arc::new(TaskWaker { shared: self.io.weak(), index }));
+                self.tasks.push(TaskSlot { task: Some(task), waker });
+                index
+            }
+        };
+        self.active += 1;
+        self.io.make_ready(index);
+    }
+
+    /// Operations that are not finished.
+    pub(super) fn active(&self) -> usize {
+        self.active + self.reads.active()
+    }
+
+    /// Requests at the device.
+    pub(super) fn outstanding(&self) -> usize {
+        self.queue_pair.as_ref().map_or(0, |qp| qp.outstanding())
+    }
+
+    /// Advances everything that can advance. True when something did.
+    pub(super) fn poll(&mut self) -> bool {
+        let mut progress = self.run_ready();
+        let Some(queue_pair) = &mut self.queue_pair else { return progress };
+        let mut completions = std::mem::take(&mut self.completions);
+        if queue_pair.poll(&mut completions) > 0 {
+            progress = true;
+            for completion in completions.drain(..) {
+                if completion.tag & FAST_READ == 0 {
+                    self.io.complete(completion);
+                } else {
+                    self.finish_read(completion);
+                }
+            }
+            if self.run_ready() {
+                if let Some(queue_pair) = &mut self.queue_pair {
+                    queue_pair.kick();
+                }
+            }
+        }
+        self.completions = completions;
+        progress
+    }
+
+    fn finish_read(&mut self, completion: bdev_adapter::Completion) {
+        if let Some(task) = self.reads.finish(completion, &self.io) {
+            self.spawn(task);
+        }
+    }
+
+    /// Runs ready tasks until none is left, and hands their requests to the queue pair.
+    fn run_ready(&mut self) -> bool {
+        let mut progress = false;
+        while self.io.take_signal() {
+            let mut ready = std::mem::take(&mut self.ready);
+            self.io.take_ready(&mut ready);
+            for index in ready.drain(..) {
+                self.run(index);
+                progress = true;
+            }
+            self.ready = ready;
+            progress |= self.send_outbox();
+        }
+        progress
+    }
+
+    fn send_outbox(&mut self) -> bool {
+        self.io.drain_outbox(&mut self.outgoing);
+        let some = !self.outgoing.is_empty();
+        if let Some(queue_pair) = &mut self.queue_pair {
+            for request in self.outgoing.drain(..) {
+                queue_pair.submit(request);
+            }
+        }
+        some
+    }
+
+    fn run(&mut self, index: u32) {
+        let slot = &mut self.tasks[index as usize];
+        // A wake-up may come after the task has finished.
+        let Some(task) = &mut slot.task else { return };
+        if task.as_mut().poll(&mut Context::from_waker(&slot.waker)).is_ready() {
+            slot.task = None;
+            self.free.push(index);
+            self.active -= 1;
+        }
+    }
+
+    /// Waits for the device, at most `timeout`.
+    pub(super) fn wait_device(&mut self, timeout: Duration) {
+        if let Some(queue_pair) = &mut self.queue_pair {
+            queue_pair.wait(timeout);
+        }
+    }
+}

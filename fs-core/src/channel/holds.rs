@@ -1,0 +1,149 @@
+//! Block holds: what keeps the blocks that a read in flight refers to from being reused.
+//!
+//! A read publishes the open generation *before* it takes its file view, and withdraws it when its device I/O is over.
+//! A block that the view refers to was referenced when the view was taken, so it can only be freed in that
+//! generation or a later one; blocks freed in generation `g` are reused when `g` is durable **and** every published
+//! generation is greater than `g` ([`Registry::oldest`]).
+//!
+//! Each channel publishes one number, the oldest generation of its reads, in a cache line of its own: nothing shared
+//! is written on the read path. Absent here: turning a hold that grows old into an exact hold on its blocks (one stuck
+//! read delays reuse of everything freed after it, it does not endanger it).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use crossbeam_utils::CachePadded;
+use parking_lot::Mutex;
+
+use crate::types::Generation;
+
+const NONE: u64 = u64::MAX;
+
+type Published = Arc<CachePadded<AtomicU64>>;
+
+/// All published holds of a mount.
+#[derive(Default)]
+pub(crate) struct Registry(Mutex<Vec<Published>>);
+
+impl Registry {
+    /// A new set of holds, published in this registry until it is dropped.
+    pub(crate) fn add(&self) -> HoldSet {
+        let published = Arc::new(CachePadded::new(AtomicU64::new(NONE)));
+        let mut all = self.0.lock();
+        // A set that is gone has left its line behind with us as the only owner.
+        all.retain(|p| Arc::strong_count(p) > 1);
+        all.push(Arc::clone(&published));
+        HoldSet { published, counts: VecDeque::new() }
+    }
+
+    /// The oldest generation that any read still holds, if any.
+    pub(crate) fn oldest(&self) -> Option<Generation> {
+        // Pairs with the fence in `HoldSet::acquire`: either we see the hold, or its reader takes a view in which
+        // everything that was freed before this call is already gone.
+        fence(Ordering::SeqCst);
+        let all = self.0.lock();
+        let oldest = all.iter().map(|p| p.load(Ordering::Acquire)).min().unwrap_or(NONE);
+        (oldest != NONE).then_some(Generation(oldest))
+    }
+}
+
+/// The holds of one channel. Used by one thread at a time.
+pub(crate) struct HoldSet {
+    published: Published,
+    /// Reads in flight by generation, oldest first.
+    counts: VecDeque<(u64, u32)>,
+}
+
+impl HoldSet {
+    /// Publishes a hold on `open`, the open generation; must be called before the file view is taken.
+    #[inline]
+    pub(crate) fn acquire(&mut self, open: Generation) -> Generation {
+        match self.counts.back_mut() {
+            // An older or equal hold is published already, and covers this read too.
+            Some((generation, count)) if *generation >= open.0 => {
+                *count += 1;
+                Generation(*generation)
+            }
+            Some(_) => {
+                self.counts.push_back((open.0, 1));
+                open
+            }
+            None => {
+                self.counts.push_back((open.0, 1));
+                self.published.store(open.0, Ordering::Relaxed);
+                // Pairs with the fence in `Registry::oldest`.
+                fence(Ordering::SeqCst);
+                open
+            }
+        }
+    }
+
+    /// Withdraws one hold on `generation`.
+    #[inline]
+    pub(crate) fn release(&mut self, generation: Generation) {
+        if let Some(entry) = self.counts.iter_mut().find(|e| e.0 == generation.0) {
+            entry.1 -= 1;
+        }
+        if self.counts.front().is_some_and(|e| e.1 == 0) {
+            while self.counts.front().is_some_and(|e| e.1 == 0) {
+                self.counts.pop_front();
+            }
+            let oldest = self.counts.front().map_or(NONE, |e| e.0);
+            // Release: the reads under the withdrawn holds are over before anyone sees them withdrawn.
+            self.published.store(oldest, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for HoldSet {
+    fn drop(&mut self) {
+        self.published.store(NONE, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_hold_is_the_one_that_counts() {
+        let registry = Registry::default();
+        let (mut a, mut b) = (registry.add(), registry.add());
+        assert_eq!(registry.oldest(), None);
+        let g5 = a.acquire(Generation(5));
+        let g6 = b.acquire(Generation(6));
+        let g7 = a.acquire(Generation(7));
+        assert_eq!(registry.oldest(), Some(Generation(5)));
+        a.release(g5);
+        assert_eq!(registry.oldest(), Some(Generation(6)));
+        b.release(g6);
+        assert_eq!(registry.oldest(), Some(Generation(7)));
+        a.release(g7);
+        assert_eq!(registry.oldest(), None);
+    }
+
+    #[test]
+    fn holds_end_out_of_order() {
+        let registry = Registry::default();
+        let mut set = registry.add();
+        let g1 = set.acquire(Generation(1));
+        let g2 = set.acquire(Generation(2));
+        let again = set.acquire(Generation(2));
+        set.release(g2);
+        assert_eq!(registry.oldest(), Some(Generation(1)));
+        set.release(g1);
+        assert_eq!(registry.oldest(), Some(Generation(2)));
+        set.release(again);
+        assert_eq!(registry.oldest(), None);
+    }
+
+    #[test]
+    fn a_dropped_channel_holds_nothing() {
+        let registry = Registry::default();
+        let mut set = registry.add();
+        set.acquire(Generation(1));
+        drop(set);
+        assert_eq!(registry.oldest(), None);
+    }
+}

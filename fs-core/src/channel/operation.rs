@@ -1,0 +1,207 @@
+//! Operations and their answers, as values: the base interface that blocking calls and futures are built on.
+
+use std::time::SystemTime;
+
+use bdev_adapter::DmaBuf;
+
+use crate::error::Result;
+use crate::file::File;
+use crate::types::InodeId;
+
+/// How a file is opened. Combine with `|`; the default opens an existing file for reading and writing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OpenFlags(u8);
+
+impl OpenFlags {
+    /// Open an existing file for reading and writing.
+    pub const READ_WRITE: OpenFlags = OpenFlags(0);
+    /// Create the file when it is missing.
+    pub const CREATE: OpenFlags = OpenFlags(1);
+    /// With [`CREATE`](Self::CREATE): fail when the file exists.
+    pub const EXCLUSIVE: OpenFlags = OpenFlags(2);
+    /// Cut the file to no bytes.
+    pub const TRUNCATE: OpenFlags = OpenFlags(4);
+    /// The handle refuses to write.
+    pub const READ_ONLY: OpenFlags = OpenFlags(8);
+
+    /// True when all of `flags` are set.
+    pub fn contains(self, flags: OpenFlags) -> bool {
+        self.0 & flags.0 == flags.0
+    }
+}
+
+impl std::ops::BitOr for OpenFlags {
+    type Output = OpenFlags;
+
+    fn bitor(self, other: OpenFlags) -> OpenFlags {
+        OpenFlags(self.0 | other.0)
+    }
+}
+
+/// What is known of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stat {
+    /// Identity; never reused.
+    pub id: InodeId,
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes of device space that its data takes (metadata apart).
+    pub allocated_bytes: u64,
+    /// Extents: records that map a range of the file to the device.
+    pub extents: u64,
+    /// Last change of content or size.
+    pub modified: SystemTime,
+    /// Creation.
+    pub created: SystemTime,
+    /// Grows with each change of content or size.
+    pub version: u64,
+}
+
+/// A name in the filesystem.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirEntry {
+    /// The name; any bytes but NUL.
+    pub name: Vec<u8>,
+    /// The file it names.
+    pub id: InodeId,
+}
+
+/// Space of the filesystem; `total = used + free + reserved`, exactly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StatFs {
+    /// Bytes of the device that the filesystem manages.
+    pub total_bytes: u64,
+    /// Bytes that data and metadata take, superblocks included.
+    pub used_bytes: u64,
+    /// Bytes that writes may take.
+    pub free_bytes: u64,
+    /// Bytes kept back so that commits and deletes work on a full device, and for writes in progress.
+    pub reserved_bytes: u64,
+    /// Files that have a name.
+    pub files: u64,
+}
+
+/// One operation, with everything that it needs.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Operation {
+    /// Read into `buf`; the answer is [`Output::Bytes`], short at end of file.
+    Read {
+        /// The file.
+        file: File,
+        /// Byte offset, any.
+        offset: u64,
+        /// Where to; no copy is made when offset and length are multiples of 4096.
+        buf: DmaBuf,
+    },
+    /// Write `buf`.
+    Write {
+        /// The file.
+        file: File,
+        /// Byte offset, any.
+        offset: u64,
+        /// What; no copy is made when offset and length are multiples of 4096.
+        buf: DmaBuf,
+    },
+    /// Write `buf` at the end; the answer is [`Output::Offset`].
+    Append {
+        /// The file.
+        file: File,
+        /// What.
+        buf: DmaBuf,
+    },
+    /// Change the size; what is added reads as zeroes.
+    Truncate {
+        /// The file.
+        file: File,
+        /// The new size in bytes.
+        size: u64,
+    },
+    /// Make the file's bytes, size and name durable.
+    SyncFile {
+        /// The file.
+        file: File,
+    },
+    /// Make everything durable.
+    Sync,
+    /// Create an empty file; the answer is [`Output::Created`].
+    Create {
+        /// Its name.
+        name: Vec<u8>,
+    },
+    /// Open a file; the answer is [`Output::Opened`].
+    Open {
+        /// Its name.
+        name: Vec<u8>,
+        /// How.
+        flags: OpenFlags,
+    },
+    /// Close a handle, and wait until a deleted file's space is given back if it was the last.
+    Close {
+        /// The handle.
+        file: File,
+    },
+    /// Remove a name; the content goes when the last handle is closed.
+    Delete {
+        /// The name.
+        name: Vec<u8>,
+    },
+    /// Rename, replacing the target.
+    Rename {
+        /// Present name.
+        from: Vec<u8>,
+        /// New name.
+        to: Vec<u8>,
+    },
+    /// Look a file up; the answer is [`Output::Stat`].
+    Stat {
+        /// Its name.
+        name: Vec<u8>,
+    },
+    /// List names in order; the answer is [`Output::Entries`], empty at the end.
+    List {
+        /// Names must start with this.
+        prefix: Vec<u8>,
+        /// Names must be greater than this.
+        after: Option<Vec<u8>>,
+        /// At most so many.
+        max: usize,
+    },
+    /// Space; the answer is [`Output::StatFs`].
+    StatFs,
+}
+
+/// What a successful operation answers.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Output {
+    /// It is done.
+    Done,
+    /// Bytes read.
+    Bytes(usize),
+    /// Byte offset that an append went to.
+    Offset(u64),
+    /// The new file.
+    Created(InodeId),
+    /// The opened file.
+    Opened(File),
+    /// What is known of a file.
+    Stat(Stat),
+    /// Names.
+    Entries(Vec<DirEntry>),
+    /// Space.
+    StatFs(StatFs),
+}
+
+/// The answer to a submitted operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// The tag that was given with the operation.
+    pub tag: u64,
+    /// How it went.
+    pub result: Result<Output>,
+    /// The buffer of the operation, if it had one; also on failure.
+    pub buf: Option<DmaBuf>,
+}

@@ -1,0 +1,183 @@
+//! Tests of the checksum cache: a model, the bound, threads.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::AtomicBool;
+use std::thread;
+
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+use crate::extent_map::with_broken;
+
+fn seeds(count: u64) -> std::ops::Range<u64> {
+    match std::env::var("GAUR_SEED").ok().and_then(|seed| seed.parse().ok()) {
+        Some(seed) => seed..seed + 1,
+        None => 1..1 + count,
+    }
+}
+
+/// Random operations beside a map without bound. Few addresses: nothing is ever evicted, so misses are exact too.
+fn model(seed: u64) {
+    const BLOCKS: u64 = 2000;
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let cache = ChecksumCache::new(1 << 20);
+    let base = rng.random_range(0..1_u64 << 47);
+    let mut model: HashMap<u64, u32> = HashMap::new();
+    for _ in 0..3000 {
+        let start = rng.random_range(0..BLOCKS);
+        let len = rng.random_range(0..200).min(BLOCKS - start);
+        let addr = BlockAddr(base + start);
+        let sums: Vec<u32> = (0..len).map(|_| rng.random()).collect();
+        match rng.random_range(0..4) {
+            0 => {
+                cache.insert(addr, &sums);
+                model.extend((addr.0..).zip(sums));
+            }
+            1 => {
+                cache.fill(addr, &sums);
+                for (addr, sum) in (addr.0..).zip(sums) {
+                    model.entry(addr).or_insert(sum);
+                }
+            }
+            2 => {
+                cache.remove(addr, len as usize);
+                model.retain(|at, _| !(addr.0..addr.0 + len).contains(at));
+            }
+            _ => {
+                let mut found = vec![0; len as usize];
+                let all = cache.lookup_into(addr, &mut found);
+                let want: Option<Vec<u32>> =
+                    (addr.0..addr.0 + len).map(|at| model.get(&at).copied()).collect();
+                assert_eq!(all.then_some(found), want);
+            }
+        }
+        let probe = BlockAddr(base + rng.random_range(0..BLOCKS));
+        assert_eq!(cache.lookup(probe), model.get(&probe.0).copied());
+        assert_eq!(cache.present(probe) & 1 == 1, model.contains_key(&probe.0));
+        cache.prefetch(probe);
+    }
+}
+
+#[test]
+fn equals_the_model() {
+    for seed in seeds(30) {
+        if let Err(panic) = catch_unwind(|| model(seed)) {
+            eprintln!("failed with GAUR_SEED={seed}");
+            std::panic::resume_unwind(panic);
+        }
+    }
+}
+
+#[test]
+fn a_fill_that_overwrites_is_noticed() {
+    let run = || with_broken(Mutation::FillOverwrites, || model(1));
+    assert!(catch_unwind(AssertUnwindSafe(run)).is_err());
+}
+
+/// Under eviction a lookup gives the newest or nothing, memory stays in its bound, and what is used stays longer.
+#[test]
+fn bounded_and_never_wrong() {
+    let bytes = 5 * SEGMENT_BYTES;
+    let cache = ChecksumCache::new(bytes);
+    let mut rng = SmallRng::seed_from_u64(7);
+    let hot: Vec<BlockAddr> = (0..100).map(|i| BlockAddr(i * 64 + 3)).collect();
+    let (mut hits, mut hot_hits, mut rounds) = (0, 0, 0);
+    let sum_of = |addr: u64| (addr.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u32;
+    for round in 0..200_000_u64 {
+        let addr = rng.random_range(0..4 * cache.capacity());
+        cache.insert(BlockAddr(addr), &[sum_of(addr), sum_of(addr + 1), sum_of(addr + 2)]);
+        let probe = rng.random_range(0..4 * cache.capacity());
+        if let Some(sum) = cache.lookup(BlockAddr(probe)) {
+            assert_eq!(sum, sum_of(probe));
+            hits += 1;
+        }
+        if round % 200 == 0 {
+            for addr in &hot {
+                hot_hits += u64::from(cache.lookup(*addr).is_some());
+                rounds += 1;
+                cache.fill(*addr, &[sum_of(addr.0)]);
+            }
+        }
+    }
+    assert!(hits > 0);
+    assert!(hot_hits * 10 > rounds * 8, "{hot_hits} of {rounds}");
+    assert!(cache.memory_bytes() <= bytes as u64 + 1000);
+}
+
+#[test]
+fn odd_sizes_and_ends() {
+    let cache = ChecksumCache::new(0);
+    assert!(cache.capacity() > 0);
+    assert!(cache.lookup_into(BlockAddr(5), &mut []));
+    assert_eq!(cache.lookup(BlockAddr(u64::MAX)), None);
+    cache.insert(BlockAddr(u64::MAX - 1), &[1, 2, 3]);
+    assert_eq!(cache.lookup(BlockAddr(u64::MAX)), Some(2));
+    cache.remove(BlockAddr(u64::MAX - 70), 200);
+    assert_eq!(cache.lookup(BlockAddr(u64::MAX)), None);
+}
+
+/// Memory follows the part of the device in use.
+#[test]
+fn memory_is_taken_as_it_is_used() {
+    let cache = ChecksumCache::new(64 << 20);
+    assert!(cache.memory_bytes() < 40_000);
+    for chunk in 0..32 {
+        cache.insert(BlockAddr(chunk * 64), &[1; 64]);
+    }
+    assert!(cache.memory_bytes() < 40_000 + SEGMENT_BYTES as u64 + 1);
+}
+
+/// Writers stamp whole chunks, readers check that they see one stamp. Returns how often they did not.
+fn torn_reads(rule: Option<Mutation>) -> u64 {
+    const CHUNKS: u64 = 8;
+    let cache = ChecksumCache::new(0);
+    let (done, torn, seen) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let write = |first: u32| {
+        for stamp in 0..60_000_u32 {
+            // Ten chunks compete for the seven ways of a bucket.
+            let chunk = u64::from(stamp * 7 % 10) * BUCKETS as u64;
+            let sums = [stamp * 2 + first; CHUNK];
+            cache.insert(BlockAddr(chunk * CHUNK as u64), &sums);
+            if stamp % 5 == 0 {
+                cache.remove(BlockAddr(chunk * CHUNK as u64), CHUNK);
+            }
+        }
+    };
+    let read = || {
+        let mut at = 0;
+        while !done.load(Ordering::Acquire) {
+            at = (at + 1) % CHUNKS;
+            let mut sums = [0; CHUNK];
+            if cache.lookup_into(BlockAddr(at * (BUCKETS * CHUNK) as u64), &mut sums) {
+                seen.fetch_add(1, Ordering::Relaxed);
+                torn.fetch_add(u64::from(sums.iter().any(|sum| *sum != sums[0])), Ordering::Relaxed);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let readers = [0, 1].map(|_| {
+            scope.spawn(|| match rule {
+                Some(rule) => with_broken(rule, read),
+                None => read(),
+            })
+        });
+        let writers = [0, 1].map(|first| scope.spawn(move || write(first)));
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        done.store(true, Ordering::Release);
+        readers.into_iter().for_each(|reader| reader.join().unwrap());
+    });
+    assert!(seen.into_inner() > 0);
+    torn.into_inner()
+}
+
+#[test]
+fn no_torn_read() {
+    assert_eq!(torn_reads(None), 0);
+}
+
+#[test]
+fn torn_reads_are_noticed() {
+    assert!((0..10).any(|_| torn_reads(Some(Mutation::SumsUnversioned)) > 0));
+}

@@ -1,0 +1,326 @@
+//! Commit: how the open generation becomes durable.
+//!
+//! 1. [`freeze`], one transaction: store the inodes that changed ([`store_inodes`]) and make room for the region records
+//!    ([`prepare_space`]); then, with nothing that could stop any more, store the region records ([`store_space`]), seal the
+//!    trees (checksums bottom-up), note roots and counts in a superblock, and open the next generation;
+//! 2. [`write_nodes`]: write the sealed nodes, adjacent ones together;
+//! 3. flush: nodes, and all file data that was written before, are durable;
+//! 4. [`write_superblock`] with FUA, near both ends of the device: the generation is durable;
+//! 5. [`finish`]: nodes may be evicted, freed blocks that no reader holds may be reused, waiters go on.
+//!
+//! Operations go on in the next generation from the end of step 1. One commit runs at a time; a sync that comes while one runs
+//! joins the next, together with all others that wait ([`reach`]).
+//!
+//! The intent log will make a sync of one file cheaper than a commit; its place is [`sync_file`].
+
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Poll, Waker};
+
+use bdev_adapter::{Hints, Request};
+use parking_lot::Mutex;
+use zerocopy::IntoBytes;
+
+use crate::alloc::Need;
+use crate::channel::io::{Io, IoHandle};
+use crate::core::Core;
+use crate::error::{Error, Result};
+use crate::file::File;
+use crate::records::{TreeKind, inodes, space};
+use crate::superblock::{OnDisk, slot_byte, slots_of};
+use crate::tree::Node;
+use crate::txn::{Stop, Txn, transact};
+use crate::types::{BLOCK_SIZE, BlockAddr, Generation};
+
+/// Largest write of adjacent nodes, in blocks.
+const NODES_PER_WRITE: usize = 64;
+/// Node writes in flight.
+const WRITES_IN_FLIGHT: usize = 32;
+
+/// Who commits, who waits.
+#[derive(Default)]
+pub(crate) struct Gate(Mutex<GateState>);
+
+#[derive(Default)]
+struct GateState {
+    running: bool,
+    durable: Generation,
+    waiting: Vec<Waker>,
+}
+
+impl Gate {
+    pub(crate) fn new(durable: Generation) -> Gate {
+        Gate(Mutex::new(GateState { durable, ..GateState::default() }))
+    }
+
+    pub(crate) fn durable(&self) -> Generation {
+        self.0.lock().durable
+    }
+
+    fn wake_all(&self, change: impl FnOnce(&mut GateState)) {
+        let waiting = {
+            let mut state = self.0.lock();
+            change(&mut state);
+            std::mem::take(&mut state.waiting)
+        };
+        waiting.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// Makes everything that has completed durable.
+pub(crate) async fn sync(core: &Arc<Core>, io: &Io) -> Result<()> {
+    core.check_failed()?;
+    if core.is_read_only() {
+        return Ok(());
+    }
+    let target = {
+        let meta = core.meta.lock();
+        if meta.changed { meta.generation } else { Generation(meta.generation.0 - 1) }
+    };
+    reach(core, io, target).await
+}
+
+/// Makes a file durable. As yet by a whole commit; the intent log goes here.
+pub(crate) async fn sync_file(core: &Arc<Core>, io: &Io, _file: &File) -> Result<()> {
+    sync(core, io).await
+}
+
+/// Commits the open generation, whatever is in it: for transactions that need room.
+/// Boxed, since a commit is itself made of transactions.
+pub(crate) fn make_room<'a>(
+    core: &'a Arc<Core>,
+    io: &'a Io,
+) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
+    let target = core.meta.lock().generation;
+    Box::pin(reach(core, io, target))
+}
+
+/// Returns when `target` is durable, by waiting for the commit that runs or by running one.
+async fn reach(core: &Arc<Core>, io: &Io, target: Generation) -> Result<()> {
+    loop {
+        let mine = poll_fn(|cx| {
+            let mut state = core.gate.0.lock();
+            if state.durable >= target {
+                return Poll::Ready(false);
+            }
+            if !state.running {
+                state.running = true;
+                return Poll::Ready(true);
+            }
+            state.waiting.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        if !mine {
+            return Ok(());
+        }
+        let turn = Turn { core, done: false };
+        turn.run(io).await?;
+    }
+}
+
+/// The right to commit. If it is lost half way, the mount fails: what was frozen cannot be thawed.
+struct Turn<'a> {
+    core: &'a Arc<Core>,
+    done: bool,
+}
+
+impl Turn<'_> {
+    async fn run(mut self, io: &Io) -> Result<()> {
+        let result = match self.core.check_failed() {
+            Ok(()) => commit(self.core, io).await,
+            Err(error) => Err(error),
+        };
+        self.done = true;
+        if let Err(error) = &result {
+            self.core.fail(error.clone());
+        }
+        result
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.core.fail(Error::corrupt("a commit was abandoned"));
+        }
+        self.core.gate.wake_all(|state| state.running = false);
+    }
+}
+
+/// What step 1 hands to the others.
+struct Frozen {
+    generation: Generation,
+    nodes: Vec<(BlockAddr, Arc<Node>)>,
+    superblock: OnDisk,
+}
+
+async fn commit(core: &Arc<Core>, io: &Io) -> Result<()> {
+    let frozen = transact(core, io, freeze).await?;
+    write_nodes(core, io, &frozen.nodes).await?;
+    flush(core, io).await?;
+    write_superblock(core, io, &frozen).await?;
+    finish(core, frozen.generation)
+}
+
+/// Step 1.
+fn freeze(t: &mut Txn<'_>) -> Result<Frozen, Stop> {
+    store_inodes(t)?;
+    prepare_space(t)?;
+    t.begin_unstoppable();
+    let free_blocks = store_space(t)?;
+    let mut nodes = Vec::new();
+    let mut superblock = t.core.superblock_template();
+    for kind in TreeKind::ALL {
+        superblock.roots[kind.index()] = t.seal(kind, &mut nodes)?;
+    }
+    let generation = t.generation();
+    superblock.generation = generation.0.into();
+    superblock.free_blocks = free_blocks.into();
+    superblock.next_inode = t.meta.next_inode.0.into();
+    superblock.files = t.meta.files.into();
+    t.open_next_generation();
+    Ok(Frozen { generation, nodes, superblock })
+}
+
+/// Stores the inodes of files that changed. Each is a unit of its own.
+fn store_inodes(t: &mut Txn<'_>) -> Result<(), Stop> {
+    while let Some(file) = t.meta.dirty.last().cloned() {
+        t.checkpoint();
+        let inode = *file.inode.lock();
+        inodes::put(t, file.id, &inode)?;
+        t.meta.dirty.pop();
+        file.dirty.store(false, Ordering::Relaxed);
+        t.meta.forget_if_unused(&file);
+    }
+    t.checkpoint();
+    Ok(())
+}
+
+/// Brings every region record that this commit may store into its place in the tree, at its largest size. Storing the records
+/// then changes them in place: it allocates and frees nothing, so it ends. Each record is a unit of its own.
+fn prepare_space(t: &mut Txn<'_>) -> Result<(), Stop> {
+    let mut value = Vec::new();
+    loop {
+        t.collect_space_needs();
+        let Some(need) = t.meta.space_needs.first().copied() else { break };
+        t.checkpoint();
+        t.load_space(need)?;
+        value.clear();
+        match need {
+            Need::Region(id) => {
+                t.meta.alloc.encode_region_largest(id, &mut value)?;
+                space::put_region(t, id, &value)?;
+            }
+            Need::Group(id) => {
+                t.meta.alloc.encode_group(id, &mut value)?;
+                space::put_group(t, id, &value)?;
+            }
+        }
+        t.meta.space_needs.remove(&need);
+        t.meta.space_stored.insert(need);
+    }
+    t.checkpoint();
+    Ok(())
+}
+
+/// Stores the region records; returns the free blocks that they add up to.
+fn store_space(t: &mut Txn<'_>) -> Result<u64, Stop> {
+    let mut unpublished: Vec<_> = t.meta.unpublished.iter().copied().collect();
+    unpublished.sort_unstable();
+    let rejected = t.meta.alloc.begin_commit(t.generation(), &unpublished)?;
+    for error in rejected {
+        log::error!("{}: {error}", t.core.device.name());
+    }
+    let mut value = Vec::new();
+    // Every value that was brought into place is stored again: it has its largest size there.
+    t.collect_space_needs();
+    if let Some(need) = t.meta.space_needs.first() {
+        return Err(Stop::corrupt(format!("{need:?} changed and has no place in the space tree")));
+    }
+    for need in std::mem::take(&mut t.meta.space_stored) {
+        value.clear();
+        match need {
+            Need::Region(id) => {
+                t.meta.alloc.encode_region(id, &mut value)?;
+                space::put_region(t, id, &value)?;
+            }
+            Need::Group(id) => {
+                t.meta.alloc.encode_group(id, &mut value)?;
+                space::put_group(t, id, &value)?;
+            }
+        }
+    }
+    let free = t.meta.alloc.persisted_free();
+    t.meta.alloc.end_commit()?;
+    Ok(free)
+}
+
+/// Step 2.
+async fn write_nodes(core: &Arc<Core>, io: &Io, nodes: &[(BlockAddr, Arc<Node>)]) -> Result<()> {
+    let mut order: Vec<&(BlockAddr, Arc<Node>)> = nodes.iter().collect();
+    order.sort_unstable_by_key(|(addr, _)| *addr);
+    let mut in_flight: VecDeque<IoHandle> = VecDeque::new();
+    let mut at = 0;
+    while at < order.len() {
+        let first = order[at].0;
+        let adjacent = order[at..].iter().zip(first.0..).take(NODES_PER_WRITE).take_while(|(n, a)| n.0.0 == *a);
+        let count = adjacent.count();
+        let mut buf = io.buffer(count * BLOCK_SIZE)?;
+        for (block, (_, node)) in buf.chunks_exact_mut(BLOCK_SIZE).zip(&order[at..at + count]) {
+            block.copy_from_slice(node.bytes());
+        }
+        core.stats.wrote_metadata(buf.len() as u64);
+        in_flight.push_back(io.send(Request::write(core.locate(first), buf, 0)));
+        at += count;
+        if in_flight.len() >= WRITES_IN_FLIGHT {
+            wait_first(&mut in_flight).await?;
+        }
+    }
+    while !in_flight.is_empty() {
+        wait_first(&mut in_flight).await?;
+    }
+    Ok(())
+}
+
+async fn wait_first(in_flight: &mut VecDeque<IoHandle>) -> Result<()> {
+    match in_flight.pop_front() {
+        Some(handle) => handle.await.0.map_err(|e| Error::io("writing metadata nodes", e)),
+        None => Ok(()),
+    }
+}
+
+/// Step 3. A flush that spans device epochs fails: writes may be lost, and the mount turns read-only.
+async fn flush(core: &Arc<Core>, io: &Io) -> Result<()> {
+    core.stats.flushed();
+    io.call(Request::flush(core.epoch, 0)).await.0.map_err(|e| Error::io("flushing before a commit", e))
+}
+
+/// Step 4. Both copies must arrive.
+async fn write_superblock(core: &Arc<Core>, io: &Io, frozen: &Frozen) -> Result<()> {
+    let mut handles = Vec::new();
+    for slot in slots_of(frozen.generation) {
+        let mut buf = io.buffer(BLOCK_SIZE)?;
+        buf.copy_from_slice(frozen.superblock.sealed(slot).as_bytes());
+        core.stats.wrote_superblock(BLOCK_SIZE as u64);
+        let request = Request::write(slot_byte(slot, core.total_blocks), buf, 0).with_hints(Hints::fua());
+        handles.push(io.send(request));
+    }
+    for handle in handles {
+        handle.await.0.map_err(|e| Error::io("writing a superblock", e))?;
+    }
+    Ok(())
+}
+
+/// Step 5.
+fn finish(core: &Core, generation: Generation) -> Result<()> {
+    core.stats.committed();
+    let mut meta = core.meta.lock();
+    meta.cache.written(generation);
+    drop(meta);
+    core.gate.wake_all(|state| state.durable = generation);
+    core.release_freed()
+}

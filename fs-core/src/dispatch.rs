@@ -1,0 +1,63 @@
+//! From an operation as a value to the function that does it.
+
+use std::sync::Arc;
+
+use bdev_adapter::DmaBuf;
+
+use crate::channel::io::Io;
+use crate::channel::operation::{Operation, Output};
+use crate::core::Core;
+use crate::error::Result;
+use crate::{commit, namespace, read, truncate, write};
+
+/// Does `operation`; the buffer comes back whatever happens.
+pub(crate) async fn run(core: &Arc<Core>, io: &Io, operation: Operation) -> (Result<Output>, Option<DmaBuf>) {
+    match operation {
+        Operation::Read { file, offset, buf } => {
+            let (result, buf) = read::read_buf(core, io, file.inner(), offset, buf).await;
+            (result.map(Output::Bytes), Some(buf))
+        }
+        Operation::Write { file, offset, buf } => {
+            let (result, buf) = write::write_buf(core, io, &file, write::At::Offset(offset), buf).await;
+            (result.map(|_| Output::Done), Some(buf))
+        }
+        Operation::Append { file, buf } => {
+            let (result, buf) = write::write_buf(core, io, &file, write::At::End, buf).await;
+            (result.map(Output::Offset), Some(buf))
+        }
+        other => (run_without_buffer(core, io, other).await, None),
+    }
+}
+
+async fn run_without_buffer(core: &Arc<Core>, io: &Io, operation: Operation) -> Result<Output> {
+    Ok(match operation {
+        Operation::Truncate { file, size } => truncate::truncate(core, io, &file, size).await.map(done)?,
+        Operation::SyncFile { file } => commit::sync_file(core, io, &file).await.map(done)?,
+        Operation::Sync => commit::sync(core, io).await.map(done)?,
+        Operation::Create { name } => Output::Created(namespace::create(core, io, &name).await?),
+        Operation::Open { name, flags } => Output::Opened(namespace::open(core, io, &name, flags).await?),
+        Operation::Close { file } => namespace::close(core, io, file).await.map(done)?,
+        Operation::Delete { name } => namespace::delete(core, io, &name).await.map(done)?,
+        Operation::Rename { from, to } => namespace::rename(core, io, &from, &to).await.map(done)?,
+        Operation::Stat { name } => Output::Stat(namespace::stat(core, io, &name).await?),
+        Operation::List { prefix, after, max } => {
+            Output::Entries(namespace::list(core, io, &prefix, after.as_deref(), max).await?)
+        }
+        Operation::StatFs => Output::StatFs(core.statfs()?),
+        Operation::Read { .. } | Operation::Write { .. } | Operation::Append { .. } => {
+            unreachable!("operations with a buffer are handled by the caller")
+        }
+    })
+}
+
+fn done((): ()) -> Output {
+    Output::Done
+}
+
+/// The buffer of an operation that is not going to be done.
+pub(crate) fn into_buf(operation: Operation) -> Option<DmaBuf> {
+    match operation {
+        Operation::Read { buf, .. } | Operation::Write { buf, .. } | Operation::Append { buf, .. } => Some(buf),
+        _ => None,
+    }
+}

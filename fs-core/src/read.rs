@@ -1,0 +1,277 @@
+//! The general way of a read: any range, any number of extents.
+//!
+//! 1. take the file view under a block hold and list where the range lies ([`snapshot`]); what is not in memory is
+//!    loaded first ([`crate::load`]);
+//! 2. read each piece into its part of the buffer, holes as zeroes ([`fill`]);
+//! 3. verify checksums while the bytes are hot ([`verify`]); a block that fails is read once more before it is an error;
+//! 4. give the hold back (it is a guard).
+//!
+//! A read takes no lock and waits for no writer: the hold keeps the blocks of its view, so the whole range is seen in
+//! one state. When there are other copies of a block, step 3 is where they are tried.
+
+use std::sync::Arc;
+
+use bdev_adapter::{DmaBuf, Request};
+
+use crate::channel::io::{Io, IoHandle};
+use crate::core::Core;
+use crate::error::{Error, Result};
+use crate::file::FileInner;
+use crate::load;
+use crate::pieces::{self, Piece};
+use crate::superblock::checksum32;
+use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation};
+
+/// Bytes that a read through a copy moves at a time.
+const COPY_CHUNK: usize = 1 << 20;
+
+/// A block hold of a read that is a task; given back on drop.
+struct Hold<'a> {
+    io: &'a Io,
+    generation: Generation,
+}
+
+impl<'a> Hold<'a> {
+    fn take(core: &Core, io: &'a Io) -> Hold<'a> {
+        let generation = io.holds.lock().acquire(core.open_generation());
+        Hold { io, generation }
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        self.io.holds.lock().release(self.generation);
+    }
+}
+
+/// Where a range of a file lies, in one state, and the hold that keeps it there.
+struct Snapshot<'a> {
+    pieces: Vec<Piece>,
+    size: u64,
+    _hold: Hold<'a>,
+}
+
+/// Step 1.
+async fn snapshot<'a>(core: &Arc<Core>, io: &'a Io, file: &Arc<FileInner>, offset: u64, len: u64) -> Result<Snapshot<'a>> {
+    loop {
+        let hold = Hold::take(core, io);
+        let missing = {
+            let guard = crate::extent_map::pin();
+            let view = file.map.view(&guard);
+            let size = view.size();
+            let end = offset.saturating_add(len).min(size);
+            if end <= offset {
+                return Ok(Snapshot { pieces: Vec::new(), size, _hold: hold });
+            }
+            match pieces::collect(&view, FileBlock::containing(offset), FileBlock::at_or_after(end)) {
+                Ok(pieces) => return Ok(Snapshot { pieces, size, _hold: hold }),
+                Err(missing) => missing,
+            }
+        };
+        drop(hold);
+        load::extents(core, io, file, missing).await?;
+    }
+}
+
+/// Reads from byte `offset` into `buf`; returns how many bytes there were. The buffer comes back in any case.
+pub(crate) async fn read_buf(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    offset: u64,
+    mut buf: DmaBuf,
+) -> (Result<usize>, DmaBuf) {
+    let aligned = (offset | buf.len() as u64) & (BLOCK_SIZE as u64 - 1) == 0;
+    if !aligned {
+        let result = read_slice(core, io, file, offset, &mut buf).await;
+        return (result, buf);
+    }
+    let snapshot = match snapshot(core, io, file, offset, buf.len() as u64).await {
+        Ok(snapshot) => snapshot,
+        Err(error) => return (Err(error), buf),
+    };
+    let there = (snapshot.size.saturating_sub(offset)).min(buf.len() as u64) as usize;
+    let blocks = there.div_ceil(BLOCK_SIZE) << BLOCK_SHIFT;
+    let rest = buf.split_off(blocks);
+    let (result, mut buf) = fill(core, io, file, &snapshot.pieces, FileBlock::containing(offset), buf).await;
+    // `rest` was split from this buffer, and `fill` gives back all of what it got.
+    let joined = buf.unsplit(rest);
+    debug_assert!(joined.is_ok(), "a read lost a part of its buffer");
+    (result.map(|()| there), buf)
+}
+
+/// Reads from byte `offset` into a slice, through a copy.
+pub(crate) async fn read_slice(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    offset: u64,
+    out: &mut [u8],
+) -> Result<usize> {
+    let snapshot = snapshot(core, io, file, offset, out.len() as u64).await?;
+    let there = (snapshot.size.saturating_sub(offset)).min(out.len() as u64) as usize;
+    let mut done = 0;
+    let mut bounce: Option<DmaBuf> = None;
+    while done < there {
+        let at = offset + done as u64;
+        let skip = (at & (BLOCK_SIZE as u64 - 1)) as usize;
+        let want = (COPY_CHUNK - skip).min(there - done);
+        let span = (skip + want).div_ceil(BLOCK_SIZE) << BLOCK_SHIFT;
+        let buf = match bounce.take() {
+            Some(buf) if buf.len() == span => buf,
+            _ => io.buffer(span)?,
+        };
+        let (result, buf) = fill(core, io, file, &snapshot.pieces, FileBlock::containing(at), buf).await;
+        result?;
+        out[done..done + want].copy_from_slice(&buf[skip..skip + want]);
+        done += want;
+        bounce = Some(buf);
+    }
+    Ok(there)
+}
+
+/// Reads the whole blocks from `at` on into `buf`, for a writer that holds the range: what lies beyond the end of the
+/// file reads as zeroes.
+pub(crate) async fn read_blocks(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    at: FileBlock,
+    buf: DmaBuf,
+) -> (Result<()>, DmaBuf) {
+    match snapshot(core, io, file, at.byte(), buf.len() as u64).await {
+        Ok(snapshot) => fill(core, io, file, &snapshot.pieces, at, buf).await,
+        Err(error) => (Err(error), buf),
+    }
+}
+
+/// A part of a buffer that is being filled.
+enum Part {
+    Zero(DmaBuf),
+    Read(Piece, IoHandle),
+}
+
+/// Steps 2 and 3: fills `buf` with the blocks from `at` on. Blocks that no piece covers read as zeroes.
+async fn fill(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    pieces: &[Piece],
+    at: FileBlock,
+    buf: DmaBuf,
+) -> (Result<()>, DmaBuf) {
+    let mut whole: Option<DmaBuf> = None;
+    let mut outcome = Ok(());
+    for part in send_all(core, io, pieces, at, buf) {
+        let buf = match part {
+            Part::Zero(buf) => buf,
+            Part::Read(piece, handle) => {
+                let (result, buf) = finish(core, io, file, &piece, handle).await;
+                if let (Err(error), true) = (result, outcome.is_ok()) {
+                    outcome = Err(error);
+                }
+                match buf {
+                    Some(buf) => buf,
+                    None => continue,
+                }
+            }
+        };
+        whole = Some(match whole {
+            None => buf,
+            Some(mut front) => {
+                let joined = front.unsplit(buf);
+                debug_assert!(joined.is_ok(), "the parts of a buffer do not follow each other");
+                front
+            }
+        });
+    }
+    // `send_all` makes at least one part, and every part gives its buffer back (the device contract).
+    (outcome, whole.expect("a read keeps its buffer"))
+}
+
+/// Step 2: cuts the buffer into parts and sends a device request for each piece.
+fn send_all(core: &Core, io: &Io, pieces: &[Piece], at: FileBlock, mut buf: DmaBuf) -> Vec<Part> {
+    let end = at.plus((buf.len() >> BLOCK_SHIFT) as u64);
+    let mut parts = Vec::new();
+    let mut cursor = at;
+    let first = pieces.partition_point(|p| p.end() <= at);
+    for piece in pieces[first..].iter().take_while(|p| p.at < end) {
+        let piece = piece.clip(at, end);
+        if piece.at > cursor {
+            parts.push(Part::Zero(zeroed(take_front(&mut buf, piece.at.0 - cursor.0))));
+        }
+        let mine = take_front(&mut buf, piece.len);
+        core.stats.read_data(mine.len() as u64);
+        parts.push(Part::Read(piece, io.send(Request::read(core.locate(piece.addr), mine, 0))));
+        cursor = piece.end();
+    }
+    if !buf.is_empty() || parts.is_empty() {
+        parts.push(Part::Zero(zeroed(buf)));
+    }
+    parts
+}
+
+fn take_front(buf: &mut DmaBuf, blocks: u64) -> DmaBuf {
+    let rest = buf.split_off((blocks as usize) << BLOCK_SHIFT);
+    std::mem::replace(buf, rest)
+}
+
+fn zeroed(mut buf: DmaBuf) -> DmaBuf {
+    buf.fill(0);
+    buf
+}
+
+/// Step 3: waits for one piece and verifies it; a piece that fails is read once more.
+async fn finish(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    piece: &Piece,
+    handle: IoHandle,
+) -> (Result<()>, Option<DmaBuf>) {
+    let sums = expected(core, io, file, piece).await;
+    let (result, bufs) = handle.await;
+    let Some(buf) = bufs.into_one() else { return (Err(Error::corrupt("the device lost a buffer")), None) };
+    let sums = match sums {
+        Ok(sums) => sums,
+        Err(error) => return (Err(error), Some(buf)),
+    };
+    if result.is_ok() && verify(file, piece, &sums, &buf).is_ok() {
+        return (Ok(()), Some(buf));
+    }
+    core.stats.repeated_read();
+    let (result, bufs) = io.call(Request::read(core.locate(piece.addr), buf, 0)).await;
+    let Some(buf) = bufs.into_one() else { return (Err(Error::corrupt("the device lost a buffer")), None) };
+    let outcome = result
+        .map_err(|e| Error::io(format!("reading {:?} at byte {}", file.id, piece.at.byte()), e))
+        .and_then(|()| verify(file, piece, &sums, &buf));
+    (outcome, Some(buf))
+}
+
+/// The checksums that the blocks of `piece` must have; `None` for a block that has none stored.
+async fn expected(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, piece: &Piece) -> Result<Vec<Option<u32>>> {
+    if !core.options.verify_data {
+        return Ok(vec![None; piece.len as usize]);
+    }
+    if let Some(sum) = piece.checksum {
+        return Ok(vec![Some(sum)]);
+    }
+    let mut sums = vec![0; piece.len as usize];
+    if core.checksums.lookup_into(piece.addr, &mut sums) {
+        return Ok(sums.into_iter().map(Some).collect());
+    }
+    load::checksums(core, io, file, piece).await
+}
+
+/// Compares the blocks of `piece` in `buf` with their checksums.
+fn verify(file: &FileInner, piece: &Piece, sums: &[Option<u32>], buf: &[u8]) -> Result<()> {
+    for (i, (block, stored)) in buf.chunks_exact(BLOCK_SIZE).zip(sums).enumerate() {
+        let Some(stored) = *stored else { continue };
+        let found = checksum32(block);
+        if found != stored {
+            let (offset, addr) = (piece.at.plus(i as u64).byte(), piece.addr.plus(i as u64));
+            return Err(Error::DataChecksum { inode: file.id, offset, addr, stored, found });
+        }
+    }
+    Ok(())
+}

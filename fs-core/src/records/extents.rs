@@ -1,0 +1,273 @@
+//! The extent tree: (inode, file block) -> where that range of the file lies.
+//!
+//! What no record covers is a hole. A record of one block carries the checksum of its block; checksums of longer extents
+//! are in the [checksum tree](super::checksums). A piece that is cut from a longer extent keeps its checksums there.
+
+use smallvec::SmallVec;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use super::{TreeKind, key_u64, value_of};
+use crate::txn::{Limits, Stop, Txn};
+use crate::types::{BlockAddr, FileBlock, Generation, InodeId, Run};
+
+/// An extent record as it lies in the tree. 24 bytes.
+#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct OnDisk {
+    /// Bits 0-47: first device block. Bits 48-55: kind. Bits 56-63: flags.
+    place: U64,
+    birth: U64,
+    len: U32,
+    checksum: U32,
+}
+
+const _: () = assert!(size_of::<OnDisk>() == 24);
+
+const ADDR_BITS: u32 = 48;
+/// Kind: data. (1: preallocated, 2: inline, 3: compressed are reserved.)
+const KIND_DATA: u8 = 0;
+/// Flag: `checksum` is the checksum of the extent's only block.
+const FLAG_CHECKSUM: u8 = 1;
+
+/// Longest extent in blocks.
+pub(crate) const LEN_MAX: u64 = u32::MAX as u64;
+
+/// A range of a file and where it lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extent {
+    /// First block in the file.
+    pub(crate) at: FileBlock,
+    /// Length in blocks (> 0).
+    pub(crate) len: u64,
+    /// First block on the device.
+    pub(crate) addr: BlockAddr,
+    /// The checksum of an extent of one block; `None`: in the checksum tree.
+    pub(crate) checksum: Option<u32>,
+    /// The generation in which it was written.
+    pub(crate) birth: Generation,
+}
+
+impl Extent {
+    pub(crate) fn end(&self) -> FileBlock {
+        self.at.plus(self.len)
+    }
+
+    pub(crate) fn run(&self) -> Run {
+        Run::new(self.addr, self.len)
+    }
+
+    /// The part of the extent inside `[start, end)`, which must overlap it.
+    pub(crate) fn clip(&self, start: FileBlock, end: FileBlock) -> Extent {
+        let from = self.at.max(start);
+        let to = self.end().min(end);
+        Extent { at: from, len: to.0 - from.0, addr: self.addr.plus(from.0 - self.at.0), ..*self }
+    }
+
+    fn to_disk(self) -> OnDisk {
+        let flags = if self.checksum.is_some() { FLAG_CHECKSUM } else { 0 };
+        let place = self.addr.0 | u64::from(KIND_DATA) << ADDR_BITS | u64::from(flags) << (ADDR_BITS + 8);
+        OnDisk {
+            place: place.into(),
+            birth: self.birth.0.into(),
+            len: (self.len as u32).into(),
+            checksum: self.checksum.unwrap_or(0).into(),
+        }
+    }
+
+    fn parse(limits: Limits, at: FileBlock, value: &[u8]) -> Result<Extent, Stop> {
+        let disk: OnDisk = value_of(TreeKind::Extents, value)?;
+        let place = disk.place.get();
+        let kind = (place >> ADDR_BITS) as u8;
+        let flags = (place >> (ADDR_BITS + 8)) as u8;
+        let addr = BlockAddr(place & ((1 << ADDR_BITS) - 1));
+        let len = u64::from(disk.len.get());
+        let bad = |what: &str| Err(Stop::corrupt(format!("extent at file block {at}: {what}")));
+        if kind != KIND_DATA || flags & !FLAG_CHECKSUM != 0 {
+            return bad(&format!("unknown kind {kind} or flags {flags:#x}"));
+        }
+        if len == 0 || !limits.contains(Run::new(addr, len)) {
+            return bad(&format!("blocks {addr}+{len} are not on the device"));
+        }
+        if flags & FLAG_CHECKSUM != 0 && len != 1 {
+            return bad("a checksum in a record of several blocks");
+        }
+        if at.0 + len > crate::file::FILE_BLOCKS_MAX {
+            return bad("it ends beyond the largest file");
+        }
+        let checksum = (flags & FLAG_CHECKSUM != 0).then(|| disk.checksum.get());
+        Ok(Extent { at, len, addr, checksum, birth: Generation(disk.birth.get()) })
+    }
+}
+
+fn key(id: InodeId, at: FileBlock) -> [u8; 16] {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&id.0.to_be_bytes());
+    key[8..].copy_from_slice(&at.0.to_be_bytes());
+    key
+}
+
+fn parse_key(key: &[u8]) -> Result<(InodeId, FileBlock), Stop> {
+    Ok((InodeId(key_u64(TreeKind::Extents, key, 0)?), FileBlock(key_u64(TreeKind::Extents, key, 8)?)))
+}
+
+/// The extents of `id` that overlap `[start, end)`, whole, in order; at most `max`.
+pub(crate) fn overlapping(
+    t: &mut Txn<'_>,
+    id: InodeId,
+    start: FileBlock,
+    end: FileBlock,
+    max: usize,
+) -> Result<SmallVec<[Extent; 4]>, Stop> {
+    let limits = t.limits();
+    let mut found = SmallVec::new();
+    let mut from = start;
+    if let Some((k, value)) = t.floor(TreeKind::Extents, &key(id, start))? {
+        let (owner, at) = parse_key(&k)?;
+        if owner == id {
+            let extent = Extent::parse(limits, at, &value)?;
+            if extent.end() > start {
+                found.push(extent);
+                from = extent.end();
+            }
+        }
+    }
+    if from >= end || found.len() >= max {
+        return Ok(found);
+    }
+    scan_all(t, id, from, |owner, extent| {
+        let wanted = owner == id && extent.at < end;
+        if wanted {
+            found.push(extent);
+        }
+        wanted && found.len() < max
+    })?;
+    Ok(found)
+}
+
+/// The last extents of `id` that reach beyond `from`, at most about `max` of them, in order.
+pub(crate) fn last_beyond(
+    t: &mut Txn<'_>,
+    id: InodeId,
+    from: FileBlock,
+    max: usize,
+) -> Result<SmallVec<[Extent; 4]>, Stop> {
+    let limits = t.limits();
+    let mut found: SmallVec<[Extent; 4]> = SmallVec::new();
+    let mut below = key(id, FileBlock(u64::MAX));
+    while found.len() < max {
+        let Some((k, value)) = t.floor(TreeKind::Extents, &below)? else { break };
+        let (owner, at) = parse_key(&k)?;
+        if owner != id {
+            break;
+        }
+        let extent = Extent::parse(limits, at, &value)?;
+        if extent.end() <= from {
+            break;
+        }
+        found.push(extent);
+        if at.0 == 0 {
+            break;
+        }
+        below = key(id, FileBlock(at.0 - 1));
+    }
+    found.reverse();
+    Ok(found)
+}
+
+/// What changing a range of a file will do to its records: old ones are cut or removed, new ones come.
+pub(crate) struct Replacement {
+    id: InodeId,
+    /// Records to store (new extents and what is left of cut ones).
+    put: SmallVec<[Extent; 4]>,
+    /// Keys to remove.
+    remove: SmallVec<[FileBlock; 4]>,
+    /// Device blocks that are not referred to any more.
+    pub(crate) freed: SmallVec<[Run; 4]>,
+    /// Change of the number of records.
+    pub(crate) extents: i64,
+    /// Change of the number of data blocks.
+    pub(crate) blocks: i64,
+}
+
+/// Plans to replace `[start, end)` of file `id`, where `old` overlaps it, by `new` (inside the range, in order), and makes
+/// sure that it can be done without stopping.
+pub(crate) fn plan(
+    t: &mut Txn<'_>,
+    id: InodeId,
+    (start, end): (FileBlock, FileBlock),
+    old: &[Extent],
+    new: &[Extent],
+) -> Result<Replacement, Stop> {
+    let mut plan = Replacement {
+        id,
+        put: SmallVec::from_slice(new),
+        remove: SmallVec::new(),
+        freed: SmallVec::new(),
+        extents: 0,
+        blocks: 0,
+    };
+    for extent in old {
+        let gone = extent.clip(start, end);
+        plan.freed.push(gone.run());
+        plan.blocks -= gone.len as i64;
+        plan.extents -= 1;
+        if extent.at < start {
+            plan.put.push(extent.clip(extent.at, start));
+        } else if new.binary_search_by_key(&extent.at, |n| n.at).is_err() {
+            plan.remove.push(extent.at);
+        }
+        if extent.end() > end {
+            plan.put.push(extent.clip(end, extent.end()));
+        }
+    }
+    plan.extents += plan.put.len() as i64;
+    plan.blocks += new.iter().map(|n| n.len as i64).sum::<i64>();
+    for at in plan.put.iter().map(|e| e.at).chain(plan.remove.iter().copied()) {
+        t.touch(TreeKind::Extents, &key(id, at))?;
+    }
+    Ok(plan)
+}
+
+impl Replacement {
+    /// Number of tree values that it changes.
+    pub(crate) fn len(&self) -> usize {
+        self.put.len() + self.remove.len()
+    }
+
+    /// Does what was planned, and frees the blocks.
+    pub(crate) fn apply(&self, t: &mut Txn<'_>) -> Result<(), Stop> {
+        for at in &self.remove {
+            t.remove(TreeKind::Extents, &key(self.id, *at))?;
+        }
+        for extent in &self.put {
+            t.put(TreeKind::Extents, &key(self.id, extent.at), extent.to_disk().as_bytes())?;
+        }
+        for run in &self.freed {
+            t.free(*run)?;
+        }
+        Ok(())
+    }
+}
+
+/// Calls `visit` with every extent of any file from (`id`, `at`) on, in order, until it returns false. Used by `check`.
+pub(crate) fn scan_all(
+    t: &mut Txn<'_>,
+    id: InodeId,
+    at: FileBlock,
+    mut visit: impl FnMut(InodeId, Extent) -> bool,
+) -> Result<(), Stop> {
+    let mut bad = None;
+    let limits = t.limits();
+    t.scan(TreeKind::Extents, &key(id, at), |k, value| {
+        let parsed = parse_key(k).and_then(|(id, at)| Ok((id, Extent::parse(limits, at, value)?)));
+        match parsed {
+            Ok((id, extent)) => visit(id, extent),
+            Err(stop) => {
+                bad = Some(stop);
+                false
+            }
+        }
+    })?;
+    bad.map_or(Ok(()), Err)
+}
