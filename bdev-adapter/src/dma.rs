@@ -22,7 +22,8 @@ pub struct RawDma {
     pub ptr: NonNull<u8>,
     /// Length in bytes.
     pub len: usize,
-    /// What the source wants to know again at release and at submission (for example a registered-buffer index).
+    /// What the source wants to know again at release and at submission (for example a registered-buffer index); 0 if
+    /// nothing. Who reads it at submission must not rely on it alone: the buffer may come from another source.
     pub token: u64,
 }
 

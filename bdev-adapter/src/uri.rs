@@ -153,7 +153,7 @@ fn parse(text: &str) -> Parsed<DeviceUri> {
         let Some((scheme, body)) = rest.split_once(':') else {
             return Err(format!("'{rest}' has no scheme; {EXAMPLES}"));
         };
-        if scheme != "fault" {
+        if !WRAPPERS.contains(&scheme) {
             let backend = parse_backend(scheme, body)?;
             return Ok(DeviceUri { text: text.to_owned(), wrappers, backend_at: at, backend });
         }
@@ -165,12 +165,24 @@ fn parse(text: &str) -> Parsed<DeviceUri> {
                 "wrapper '{scheme}' has no device behind it; write {scheme}:{body}/mem:1GiB"
             ));
         };
-        let mut plan = FaultPlan::default();
-        for (key, value) in pairs(arguments, ',')? {
-            plan.set(key, value)?;
-        }
-        wrappers.push(WrapperAt { at, wrapper: Wrapper::Fault(plan) });
+        wrappers.push(WrapperAt { at, wrapper: parse_wrapper(scheme, &pairs(arguments, ',')?)? });
         at += scheme.len() + 1 + arguments.len() + 1;
+    }
+}
+
+/// Schemes of wrappers; every other scheme is a backend.
+const WRAPPERS: [&str; 1] = ["fault"];
+
+fn parse_wrapper(scheme: &str, arguments: &[(&str, &str)]) -> Parsed<Wrapper> {
+    match scheme {
+        "fault" => {
+            let mut plan = FaultPlan::default();
+            for (key, value) in arguments {
+                plan.set(key, value)?;
+            }
+            Ok(Wrapper::Fault(plan))
+        }
+        _ => Err(format!("unknown wrapper '{scheme}'")),
     }
 }
 

@@ -32,13 +32,16 @@ use crate::file::File;
 use crate::records::{TreeKind, inodes, space};
 use crate::superblock::{OnDisk, slot_byte, slots_of};
 use crate::tree::Node;
-use crate::txn::{Stop, Txn, transact};
+use crate::txn::{Stop, Txn, transact_in_commit};
 use crate::types::{BLOCK_SIZE, BlockAddr, Generation};
 
 /// Largest write of adjacent nodes, in blocks.
 const NODES_PER_WRITE: usize = 64;
 /// Node writes in flight.
 const WRITES_IN_FLIGHT: usize = 32;
+
+/// Bitmaps of regions kept in memory (about 2 KiB each).
+const REGIONS_IN_MEMORY: usize = 1 << 15;
 
 /// Who commits, who waits.
 #[derive(Default)]
@@ -159,7 +162,7 @@ struct Frozen {
 }
 
 async fn commit(core: &Arc<Core>, io: &Io) -> Result<()> {
-    let frozen = transact(core, io, freeze).await?;
+    let frozen = transact_in_commit(core, io, freeze).await?;
     write_nodes(core, io, &frozen.nodes).await?;
     flush(core, io).await?;
     write_superblock(core, io, &frozen).await?;
@@ -320,6 +323,8 @@ fn finish(core: &Core, generation: Generation) -> Result<()> {
     core.stats.committed();
     let mut meta = core.meta.lock();
     meta.cache.written(generation);
+    meta.alloc.evict_clean(REGIONS_IN_MEMORY);
+    meta.trim_maps(core.options.extent_map_bytes as u64);
     drop(meta);
     core.gate.wake_all(|state| state.durable = generation);
     core.release_freed()

@@ -41,12 +41,14 @@ mod commit;
 mod superblock;
 mod core;
 mod mount;
+mod check;
 mod stats;
 mod error;
 mod types;
 
 pub use crate::channel::operation::{Completion, DirEntry, OpenFlags, Operation, Output, Stat, StatFs};
 pub use crate::channel::{Channel, List, OpFuture};
+pub use crate::check::{CheckProgress, CheckReport};
 pub use crate::error::{Error, Result};
 pub use crate::file::{FILE_SIZE_MAX, File};
 pub use crate::mount::{Filesystem, FormatOptions, Info, MountOptions, format};

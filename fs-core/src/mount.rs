@@ -52,6 +52,8 @@ pub struct MountOptions {
     pub node_cache_bytes: usize,
     /// Memory for checksums of extents longer than a block, in bytes.
     pub checksum_cache_bytes: usize,
+    /// Memory for the extent maps of open files, in bytes; looked at with every commit.
+    pub extent_map_bytes: usize,
     /// Verify the checksums of file data on reads.
     pub verify_data: bool,
     /// The helper thread commits when something has not been durable for so long; `None`: only syncs commit.
@@ -65,6 +67,7 @@ impl Default for MountOptions {
             helper_thread: true,
             node_cache_bytes: 256 << 20,
             checksum_cache_bytes: 64 << 20,
+            extent_map_bytes: 512 << 20,
             verify_data: true,
             commit_interval: Some(Duration::from_secs(5)),
         }
@@ -264,23 +267,43 @@ impl Helper {
     }
 }
 
-/// The helper's life: drive channels that were left alone; commit what has been waiting for long.
+/// The helper's life: drive channels that were left alone; give back the space of deleted files whose last handle was
+/// dropped; commit what has been waiting for long.
 fn help(core: &Arc<Core>, stop: &AtomicBool) {
     let mut channel = None;
     let mut dirty_since: Option<Instant> = None;
     while !stop.load(Ordering::Acquire) {
         let busy = core.drive_abandoned();
         std::thread::park_timeout(if busy { HELPER_BUSY } else { HELPER_IDLE });
-        let Some(interval) = core.options.commit_interval else { continue };
-        if core.is_read_only() || !core.meta.lock().changed {
+        if core.check_writable().is_err() {
+            continue;
+        }
+        let (changed, reap) = {
+            let meta = core.meta.lock();
+            (meta.changed, !meta.reap.is_empty())
+        };
+        if !changed {
             dirty_since = None;
-        } else if dirty_since.get_or_insert_with(Instant::now).elapsed() >= interval {
+        } else if dirty_since.is_none() {
+            dirty_since = Some(Instant::now());
+        }
+        let waited = dirty_since.map_or(Duration::ZERO, |since| since.elapsed());
+        let due = changed && core.options.commit_interval.is_some_and(|interval| waited >= interval);
+        if !reap && !due {
+            continue;
+        }
+        if channel.is_none() {
+            channel = Channel::new(core).ok();
+        }
+        let Some(channel) = &channel else { continue };
+        let io = &channel.shared.io;
+        let mut result = channel.block_on(truncate::reap(core, io));
+        if due {
             dirty_since = None;
-            if channel.is_none() {
-                channel = Channel::new(core).ok();
-            }
-            // A failed commit has turned the mount read-only and said so.
-            let _ = channel.as_ref().map(|channel| channel.sync());
+            result = result.and(channel.block_on(commit::sync(core, io)));
+        }
+        if let Err(error) = result {
+            log::warn!("{}: background work: {error}", core.device.name());
         }
     }
 }

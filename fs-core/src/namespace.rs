@@ -1,7 +1,8 @@
 //! Names and files: create, open, close, delete, rename, stat, list.
 //!
 //! Each is one transaction (two, when a deleted file has many extents), atomic against crashes and other threads. Shape
-//! of all of them: look up everything and make sure that nothing is missing, then change; see [`crate::txn`].
+//! of all of them: look up everything that will change (a key that was looked up can be changed without a missing node), then
+//! change; see [`crate::txn`].
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -36,13 +37,12 @@ pub(crate) async fn create(core: &Arc<Core>, io: &Io, name: &[u8]) -> Result<Ino
     .await
 }
 
-/// Adds an inode and its name, which must not exist.
+/// Adds an inode and its name, which was looked up and does not exist.
 fn add(t: &mut Txn<'_>, name: &[u8]) -> Result<(InodeId, Inode), Stop> {
     t.check_room(Room::Metadata)?;
     let (id, inode) = (t.meta.next_inode, Inode::new(t.generation()));
-    t.touch(crate::records::TreeKind::Names, name)?;
-    inodes::touch(t, id)?;
     t.ready(2)?;
+    // The name was looked up; the inode comes first, so that a node missing on its way stops us in time.
     inodes::put(t, id, &inode)?;
     names::put(t, name, id)?;
     t.meta.next_inode = InodeId(id.0 + 1);
@@ -103,7 +103,6 @@ pub(crate) async fn delete(core: &Arc<Core>, io: &Io, name: &[u8]) -> Result<()>
     let later = transact(core, io, |t| {
         let id = names::expect(t, name)?;
         let victim = Victim::plan(t, id)?;
-        t.touch(crate::records::TreeKind::Names, name)?;
         t.ready(1 + victim.changes())?;
         names::remove(t, name)?;
         t.meta.files -= 1;
@@ -128,8 +127,6 @@ pub(crate) async fn rename(core: &Arc<Core>, io: &Io, from: &[u8], to: &[u8]) ->
             Some(old) => Some(Victim::plan(t, old)?),
             None => None,
         };
-        t.touch(crate::records::TreeKind::Names, from)?;
-        t.touch(crate::records::TreeKind::Names, to)?;
         t.ready(2 + victim.as_ref().map_or(0, Victim::changes))?;
         names::remove(t, from)?;
         names::put(t, to, id)?;
@@ -167,7 +164,6 @@ impl Victim {
             orphans::touch(t, id)?;
             return Ok(Victim::Orphan { id, file: None });
         }
-        inodes::touch(t, id)?;
         let mut extents = None;
         if inode.extents > 0 {
             let range = (FileBlock(0), FileBlock(crate::file::FILE_BLOCKS_MAX));

@@ -3,7 +3,7 @@
 //! [`Meta`] is all metadata in memory. A transaction is a closure that runs under its lock, does no I/O and either completes
 //! or stops *before it has changed anything*: what it lacks is named by [`Stop`], [`transact`] brings it (a tree node, a
 //! region's bitmap, room by way of a commit), and runs the closure again from its beginning. So the shape of every
-//! transaction is: look up; [`Txn::touch`] every key that will change; [`Txn::ready`]; then change. A closure may consist of
+//! transaction is: look up, or [`Txn::touch`], every key that will change; [`Txn::ready`]; then change. A closure may consist of
 //! several such units with [`Txn::checkpoint`] between them.
 //!
 //! Atomicity against crashes: a commit takes the trees as they are while it holds the lock, so it has all of a
@@ -34,6 +34,10 @@ use crate::records::{TreeKind, space};
 use crate::superblock::RootOnDisk;
 use crate::tree::{self, KeyBuf, Node, NodeAlloc, NodeCache, NodePtr, Tree};
 use crate::types::{BLOCK_SIZE, BlockAddr, Generation, InodeId, Run};
+
+/// Commits that a transaction asks for before it gives up for lack of space. The first may leave blocks that a reader holds
+/// or that a commit running before it freed.
+const COMMITS_MAX: u32 = 2;
 
 /// A value read from a tree.
 pub(crate) type Value = SmallVec<[u8; 64]>;
@@ -129,6 +133,12 @@ impl Meta {
         self.alloc.counts().free.saturating_sub(self.reserve())
     }
 
+    /// Nodes that committing what is open now may allocate.
+    fn commit_need(&self) -> u64 {
+        let records = self.freed_in.len() + self.unpublished.len() + self.alloc.dirty() + self.dirty.len();
+        (4 * records + 64) as u64
+    }
+
     /// Dirty nodes at which a commit is due: what the free space and the node cache allow.
     fn dirty_limit(&self) -> usize {
         let stats = self.cache.stats();
@@ -154,11 +164,29 @@ pub(crate) struct Txn<'m> {
 pub(crate) async fn transact<T>(
     core: &Arc<Core>,
     io: &Io,
+    body: impl FnMut(&mut Txn<'_>) -> Result<T, Stop> + Send,
+) -> Result<T> {
+    transact_after(core, io, 0, body).await
+}
+
+/// The same for the commit itself, which cannot ask for a commit to make room.
+pub(crate) async fn transact_in_commit<T>(
+    core: &Arc<Core>,
+    io: &Io,
+    body: impl FnMut(&mut Txn<'_>) -> Result<T, Stop> + Send,
+) -> Result<T> {
+    transact_after(core, io, COMMITS_MAX, body).await
+}
+
+/// The same after `commits` commits to make room for it.
+async fn transact_after<T>(
+    core: &Arc<Core>,
+    io: &Io,
+    mut commits: u32,
     mut body: impl FnMut(&mut Txn<'_>) -> Result<T, Stop> + Send,
 ) -> Result<T> {
     // Keeps the nodes that were brought until the transaction is done, however small the cache.
     let mut pins: Vec<Arc<Node>> = Vec::new();
-    let mut commits = 0;
     loop {
         let stop = {
             let mut meta = core.meta.lock();
@@ -202,7 +230,7 @@ async fn load_space(core: &Arc<Core>, io: &Io, need: Need, pins: &mut Vec<Arc<No
     loop {
         let stop = {
             let mut meta = core.meta.lock();
-            let mut txn = Txn { core, meta: &mut meta, changed: false, ready: false, commits: 0 };
+            let mut txn = Txn { core, meta: &mut meta, changed: false, ready: false, commits: COMMITS_MAX };
             match txn.load_space(need) {
                 Ok(()) => return Ok(()),
                 Err(stop) => stop,
@@ -294,7 +322,7 @@ impl Txn<'_> {
             return Err(Stop::Commit);
         }
         // What is free may have to be committed first; commits themselves need the reserve.
-        if needed + self.meta.reserve() / 2 > self.meta.alloc.counts().available_now {
+        if needed + self.meta.commit_need().max(self.meta.reserve() / 2) > self.meta.alloc.counts().available_now {
             return Err(self.no_space_now(needed));
         }
         Ok(())
@@ -303,7 +331,7 @@ impl Txn<'_> {
     /// There is no space at this moment: a commit may free some; else it is an error.
     fn no_space_now(&self, needed: u64) -> Stop {
         let counts = self.meta.alloc.counts();
-        if counts.pending > 0 && self.commits < 2 {
+        if counts.pending > 0 && self.commits < COMMITS_MAX {
             return Stop::Commit;
         }
         Stop::Fail(Error::NoSpace { needed, available: counts.available_now })
@@ -314,6 +342,11 @@ impl Txn<'_> {
         // Every change may copy its leaf and split it; the levels above are shared by the changes of a tree.
         let height: usize = self.meta.trees.iter().map(Tree::insert_bound).sum();
         let nodes = (2 * changes + height) as u64;
+        // The commit that makes this durable must have its room too.
+        let counts = self.meta.alloc.counts();
+        if nodes + self.meta.commit_need() > counts.available_now && counts.pending > 0 && self.commits < COMMITS_MAX {
+            return Err(Stop::Commit);
+        }
         match self.meta.alloc.ensure_ready(Stream::Metadata, nodes) {
             Ok(()) => {
                 self.ready = true;
@@ -568,6 +601,20 @@ impl NodeAlloc for Nodes<'_> {
 }
 
 impl Meta {
+    /// Keeps the extent maps of all files within `budget` bytes together.
+    pub(crate) fn trim_maps(&self, budget: u64) {
+        let total: u64 = self.open.values().map(|file| file.map.memory_bytes()).sum();
+        if total <= budget {
+            return;
+        }
+        // Each file gives its share, and a tenth more so that this is not needed at every turn.
+        for file in self.open.values() {
+            let mine = u128::from(file.map.memory_bytes());
+            let excess = u128::from(total - budget + budget / 10);
+            file.map.evict((mine * excess / u128::from(total)) as u64);
+        }
+    }
+
     /// Drops a file from memory when it has neither handles nor unstored changes.
     pub(crate) fn forget_if_unused(&mut self, file: &Arc<FileInner>) {
         let unused = file.handles.load(Ordering::Acquire) == 0

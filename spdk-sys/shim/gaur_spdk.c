@@ -78,6 +78,88 @@ gaur_get_layout(struct gaur_layout *out)
 
 /* ---- environment ------------------------------------------------------------------------------------------------- */
 
+static gaur_log_fn g_log_fn;
+
+static void
+log_to_fn(int level, const char *file, const int line, const char *func, const char *format, va_list args)
+{
+	char text[1024];
+	size_t len;
+
+	(void)func;
+	vsnprintf(text, sizeof(text), format, args);
+	len = strlen(text);
+	while (len > 0 && text[len - 1] == '\n') {
+		text[--len] = '\0';
+	}
+	if (len > 0) {
+		g_log_fn(level, file != NULL ? file : "", line, text);
+	}
+}
+
+/* DPDK's, and not in a header of SPDK's. */
+int rte_openlog_stream(FILE *stream);
+
+/* Gets DPDK's messages, in whatever pieces stdio writes them. */
+static ssize_t
+dpdk_log_write(void *cookie, const char *data, size_t size)
+{
+	char text[1024];
+	const char *end = data + size, *line = data, *stop;
+
+	(void)cookie;
+	while (line < end) {
+		stop = memchr(line, '\n', (size_t)(end - line));
+		if (stop == NULL) {
+			stop = end;
+		}
+		snprintf(text, sizeof(text), "%.*s", (int)(stop - line), line);
+		if (text[0] != '\0') {
+			g_log_fn(GAUR_LOG_DPDK, "dpdk", 0, text);
+		}
+		line = stop + 1;
+	}
+	return (ssize_t)size;
+}
+
+static FILE *g_dpdk_log;
+
+void
+gaur_log_open(gaur_log_fn fn)
+{
+	static const cookie_io_functions_t functions = { .write = dpdk_log_write };
+
+	g_log_fn = fn;
+	spdk_log_open(log_to_fn);
+	g_dpdk_log = fopencookie(NULL, "w", functions);
+	if (g_dpdk_log != NULL) {
+		setvbuf(g_dpdk_log, NULL, _IOLBF, 1024);
+		rte_openlog_stream(g_dpdk_log);
+	}
+}
+
+/* Some versions greet the user on standard output when they start, which belongs to the program. */
+static int
+env_init_quietly(const struct spdk_env_opts *opts)
+{
+#ifdef __GLIBC__
+	FILE *out = stdout;
+	int rc;
+
+	if (g_dpdk_log != NULL) {
+		stdout = g_dpdk_log;
+	}
+	rc = spdk_env_init(opts);
+	if (g_dpdk_log != NULL) {
+		fflush(g_dpdk_log);
+	}
+	stdout = out;
+	return rc;
+#else
+	return spdk_env_init(opts);
+#endif
+}
+
 int
 gaur_env_init(const struct gaur_env_opts *opts)
 {
@@ -109,15 +191,14 @@ gaur_env_init(const struct gaur_env_opts *opts)
 	env.core_mask = core_list;
 	env.mem_size = opts->mem_mib;
 	env.no_pci = opts->no_pci;
-	/* The page files lose their names at once, so that a killed process cannot leave pages behind. */
-	env.unlink_hugepage = true;
 	if (opts->iova_va) {
 		env.iova_mode = "va";
 	}
-	/* Errors only; DPDK's notices at each start say nothing that a user could act on. */
-	env.env_context = (void *)"--log-level=lib.eal:4";
+	/* Huge pages without files in hugetlbfs: a killed process leaves nothing behind, and no mount is needed. (SPDK's
+	 * own unlink_hugepage would do as much, but DPDK 20.05 then cannot allocate a page again that was freed.) */
+	env.env_context = (void *)"--in-memory";
 
-	rc = spdk_env_init(&env);
+	rc = env_init_quietly(&env);
 
 	/* DPDK has pinned this thread to its core. */
 	if (sched_setaffinity(0, set_size, affinity) != 0 && rc == 0) {
@@ -129,32 +210,6 @@ gaur_env_init(const struct gaur_env_opts *opts)
 	}
 	rc = spdk_thread_lib_init(NULL, 0);
 	return rc == 0 ? 0 : -ENOMEM;
-}
-
-static gaur_log_fn g_log_fn;
-
-static void
-log_to_fn(int level, const char *file, const int line, const char *func, const char *format, va_list args)
-{
-	char text[1024];
-	size_t len;
-
-	(void)func;
-	vsnprintf(text, sizeof(text), format, args);
-	len = strlen(text);
-	while (len > 0 && text[len - 1] == '\n') {
-		text[--len] = '\0';
-	}
-	if (len > 0) {
-		g_log_fn(level, file != NULL ? file : "", line, text);
-	}
-}
-
-void
-gaur_log_open(gaur_log_fn fn)
-{
-	g_log_fn = fn;
-	spdk_log_open(log_to_fn);
 }
 
 /* ---- threads ----------------------------------------------------------------------------------------------------- */
@@ -683,6 +738,31 @@ const uint32_t *
 gaur_bdev_removed(const struct gaur_bdev *self)
 {
 	return &self->removed;
+}
+
+/* DPDK's, and not in a header of SPDK's. */
+struct rte_mempool;
+struct rte_mempool *rte_mempool_lookup(const char *name);
+unsigned int rte_mempool_avail_count(const struct rte_mempool *pool);
+
+bool
+gaur_bdev_room_for_thread(void)
+{
+	struct spdk_bdev_opts opts;
+	struct rte_mempool *pool;
+	char name[32];
+
+	memset(&opts, 0, sizeof(opts));
+#ifdef GAUR_HAVE_BDEV_OPTS_SIZE
+	spdk_bdev_get_opts(&opts, sizeof(opts));
+#else
+	spdk_bdev_get_opts(&opts);
+#endif
+	/* SPDK's name for its pool; if that changes, nothing is checked. */
+	snprintf(name, sizeof(name), "bdev_io_%d", getpid());
+	pool = rte_mempool_lookup(name);
+	/* Twice as much as is needed: others take from it at the same time. */
+	return pool == NULL || rte_mempool_avail_count(pool) >= 2 * opts.bdev_io_cache_size;
 }
 
 int

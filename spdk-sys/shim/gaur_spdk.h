@@ -76,9 +76,16 @@ struct gaur_env_opts {
  * it; this puts it back). Returns 0 or a negative errno. */
 int gaur_env_init(const struct gaur_env_opts *opts);
 
-/* level: 0 error, 1 warning, 2 notice, 3 info, 4 debug. text has no newline at its end. */
+/* Levels of the log: SPDK's, and one for what DPDK says (which does not tell its level). */
+#define GAUR_LOG_ERROR 0
+#define GAUR_LOG_WARN 1
+#define GAUR_LOG_NOTICE 2
+#define GAUR_LOG_INFO 3
+#define GAUR_LOG_DEBUG 4
+#define GAUR_LOG_DPDK 100
+/* text has no newline at its end. May be called by any thread. */
 typedef void (*gaur_log_fn)(int level, const char *file, int line, const char *text);
-/* Sends SPDK's log to fn instead of standard error. */
+/* Sends SPDK's log, and DPDK's, to fn instead of standard error. Before gaur_env_init(). */
 void gaur_log_open(gaur_log_fn fn);
 
 /* ---- threads ----------------------------------------------------------------------------------------------------- */
@@ -172,6 +179,10 @@ struct spdk_bdev_desc *gaur_bdev_desc(const struct gaur_bdev *bdev);
 /* Non-zero once SPDK asked for the bdev back (hot removal, deletion). Written by the opening thread, to be read
  * atomically by any. Valid as long as the bdev is open. */
 const uint32_t *gaur_bdev_removed(const struct gaur_bdev *bdev);
+
+/* Whether SPDK's pool of I/Os can fill the cache of one more thread. Where it cannot, getting the thread's first channel
+ * of a bdev crashes in SPDK. True as well when it cannot be found out. */
+bool gaur_bdev_room_for_thread(void);
 
 /* The names of all bdevs: calls fn for each. */
 void gaur_bdev_names(void (*fn)(void *ctx, const char *name), void *ctx);

@@ -34,7 +34,10 @@ pub mod version {
 
 /// DPDK and SPDK's environment, its log.
 pub mod env {
-    pub use crate::bindings::{gaur_env_init, gaur_env_opts, gaur_log_fn, gaur_log_open};
+    pub use crate::bindings::{
+        GAUR_LOG_DEBUG, GAUR_LOG_DPDK, GAUR_LOG_ERROR, GAUR_LOG_INFO, GAUR_LOG_NOTICE, GAUR_LOG_WARN,
+        gaur_env_init, gaur_env_opts, gaur_log_fn, gaur_log_open,
+    };
     pub use crate::bindings::{spdk_get_ticks, spdk_get_ticks_hz};
 }
 
@@ -61,7 +64,7 @@ pub mod bdev {
     pub use crate::bindings::gaur_io_error_kind as io_error_kind;
     pub use crate::bindings::{
         gaur_bdev, gaur_bdev_close, gaur_bdev_desc, gaur_bdev_flush, gaur_bdev_get_info, gaur_bdev_info,
-        gaur_bdev_io_error, gaur_bdev_name, gaur_bdev_names, gaur_bdev_open, gaur_bdev_removed,
+        gaur_bdev_io_error, gaur_bdev_name, gaur_bdev_names, gaur_bdev_open, gaur_bdev_removed, gaur_bdev_room_for_thread,
         gaur_io_error,
     };
     pub use crate::bindings::{

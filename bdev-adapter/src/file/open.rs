@@ -54,7 +54,12 @@ pub(super) fn open(name: &str, file: &FileOptions, options: &OpenOptions) -> Res
     let (handle, mut direct) = opening.open_best(block_device)?;
     let metadata = handle.metadata().map_err(|error| opening.os("cannot inspect", error))?;
     opening.check_type(&metadata)?;
-    let exclusive = Exclusive::take(name, &handle, &metadata, options.read_only)?;
+    let exclusive = Exclusive::take(name, &handle, &metadata, options.read_only).inspect_err(|_| {
+        // Somebody else has our new file already: then it is theirs.
+        if let Some(created) = &mut created {
+            created.keep = true;
+        }
+    })?;
     let size = opening.settle_size(&handle, &metadata)?;
     let pool = Arc::new(Pool::new(MapArenas, PoolOptions::default()));
     let geometry = opening.geometry(&handle, &metadata, size, &mut direct, &pool)?;
@@ -106,10 +111,9 @@ impl Opening<'_> {
         let new = fs::OpenOptions::new().read(true).write(true).create_new(true).open(self.path());
         match new {
             Ok(_) => Ok(Created { path: self.path().to_owned(), keep: false }),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                // Somebody else was quicker (or it is a dangling link).
-                Err(Error::Busy { device: self.name.to_owned() })
-            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(self.not_a_device(
+                "something that leads nowhere is in its place (a dangling link?), or somebody creates it just now",
+            )),
             Err(error) => Err(self.explain(error)),
         }
     }

@@ -154,10 +154,6 @@ impl Parts {
         &mut self.parts[part]
     }
 
-    pub(super) fn has_free(&self) -> bool {
-        !self.free.is_empty()
-    }
-
     pub(super) fn release(&mut self, part: usize) {
         self.free.push(part);
     }

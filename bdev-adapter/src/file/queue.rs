@@ -83,6 +83,11 @@ impl FileQueuePair {
         })
     }
 
+    #[cfg(test)]
+    pub(super) fn registered_arenas(&self) -> usize {
+        self.ring.registered()
+    }
+
     fn accept(&mut self, request: Request) {
         if let Some(deadline) = request.hints.deadline {
             self.deadline = Some(self.deadline.map_or(deadline, |earliest| earliest.min(deadline)));
@@ -225,10 +230,7 @@ impl FileQueuePair {
             0 => self.part_failed(part, libc::EIO),
             done => match self.parts.advance(part, u64::from(done.unsigned_abs())) {
                 Progress::Done => self.part_succeeded(part),
-                Progress::Short => {
-                    // What is left may begin or end anywhere; it needs no registered buffer.
-                    self.retry.push(part);
-                }
+                Progress::Short => self.retry.push(part),
             },
         }
     }
@@ -393,5 +395,6 @@ impl Drop for FileQueuePair {
             self.ring.reap(&mut self.reaped);
             self.in_kernel -= self.reaped.drain(..).count();
         }
+        self.ring.let_go();
     }
 }

@@ -78,6 +78,14 @@ impl Ring {
         self.uring.submitter().register_files(&[fd])
     }
 
+    /// Lets go of the file and the registered buffers now: closing a ring does it some time later, and until then the
+    /// filesystem of the file could not be unmounted. The ring is of no use afterwards.
+    pub(super) fn let_go(&mut self) {
+        // Failures (nothing was registered) change nothing: closing does the rest.
+        let _ = self.uring.submitter().unregister_files();
+        let _ = self.uring.submitter().unregister_buffers();
+    }
+
     /// Queues a request for the next [`submit`](Self::submit). There is room as long as no more than `depth` requests
     /// are queued or in the kernel; false when there is none.
     ///
@@ -173,6 +181,12 @@ impl Ring {
                 }
             }
         }
+    }
+
+    /// Arenas that are registered now.
+    #[cfg(test)]
+    pub(super) fn registered(&self) -> usize {
+        self.buffers.slots.iter().filter(|slot| slot.end > 0).count()
     }
 
     #[cold]

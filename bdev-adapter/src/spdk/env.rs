@@ -26,7 +26,10 @@ use spdk_sys::bdev::{
     gaur_bdev_open, gaur_bdev_removed, spdk_bdev_desc,
 };
 use spdk_sys::config::{gaur_bdev_wait_for_examine, gaur_subsystems_init, gaur_wait};
-use spdk_sys::env::{gaur_env_init, gaur_env_opts, gaur_log_open};
+use spdk_sys::env::{
+    GAUR_LOG_DPDK, GAUR_LOG_ERROR, GAUR_LOG_INFO, GAUR_LOG_NOTICE, GAUR_LOG_WARN, gaur_env_init, gaur_env_opts,
+    gaur_log_open,
+};
 use spdk_sys::thread::{gaur_thread_poll, spdk_set_thread, spdk_thread_create};
 use spdk_sys::version;
 
@@ -172,16 +175,16 @@ static LAST_ERROR: Mutex<Option<String>> = Mutex::new(None);
 unsafe extern "C" fn log_line(level: c_int, file: *const c_char, line: c_int, text: *const c_char) {
     // SAFETY: the shim passes terminated strings that live over the call.
     let (file, text) = unsafe { (CStr::from_ptr(file).to_string_lossy(), CStr::from_ptr(text).to_string_lossy()) };
-    let level = match level {
-        ..=0 => log::Level::Error,
-        1 => log::Level::Warn,
-        2 => log::Level::Info,
-        3 => log::Level::Debug,
-        _ => log::Level::Trace,
-    };
-    if level == log::Level::Error {
+    if level == GAUR_LOG_ERROR as c_int || level == GAUR_LOG_DPDK as c_int {
         *LAST_ERROR.lock() = Some(text.clone().into_owned());
     }
+    let level = match level as u32 {
+        GAUR_LOG_ERROR => log::Level::Error,
+        GAUR_LOG_WARN => log::Level::Warn,
+        GAUR_LOG_NOTICE | GAUR_LOG_DPDK => log::Level::Info,
+        GAUR_LOG_INFO => log::Level::Debug,
+        _ => log::Level::Trace,
+    };
     log::log!(target: "spdk", level, "{text} ({file}:{line})");
 }
 

@@ -29,7 +29,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use spdk_sys::bdev::{
-    gaur_bdev_flush, iovec, spdk_bdev_get_io_channel, spdk_bdev_read_blocks, spdk_bdev_readv_blocks,
+    gaur_bdev_flush, gaur_bdev_room_for_thread, iovec, spdk_bdev_desc, spdk_bdev_get_io_channel, spdk_bdev_read_blocks, spdk_bdev_readv_blocks,
     spdk_bdev_unmap_blocks, spdk_bdev_write_blocks, spdk_bdev_write_zeroes_blocks, spdk_bdev_writev_blocks,
 };
 use spdk_sys::thread::{
@@ -39,7 +39,7 @@ use spdk_sys::thread::{
 
 use super::device::{DEPTH, EPOCH, MAX_PIECE, SpdkBdev};
 use super::memory;
-use super::slots::{MAX_SEGMENTS, Slots, Work, on_done};
+use super::slots::{MAX_SEGMENTS, Op, Owner, Slots, on_done};
 use crate::{Completion, Device, Error, IoErrorKind, Kind, QueuePair, Request, Segments};
 
 /// SPDK handles so many messages (completions among them) in one poll.
@@ -50,6 +50,7 @@ const REST_MS: u32 = 10_000;
 pub(super) struct SpdkQueuePair {
     thread: NonNull<spdk_thread>,
     channel: NonNull<spdk_io_channel>,
+    desc: NonNull<spdk_bdev_desc>,
     slots: Slots,
     /// Slots that SPDK does not know yet.
     ready: VecDeque<u32>,
@@ -85,7 +86,16 @@ impl SpdkQueuePair {
             let why = "the bdev was removed".to_owned();
             return Err(Error::NotFound { device: device.name().to_owned(), why });
         }
-        // SAFETY: the environment is initialised (a device is open); the name is copied.
+        // SAFETY: the environment is initialised (a device is open), and SPDK's pools with it.
+        if !unsafe { gaur_bdev_room_for_thread() } {
+            return Err(Error::Spdk {
+                what: format!("cannot open another queue pair of '{}'", device.name()),
+                why: "SPDK's pool of I/Os is used up by those that exist; open fewer, or set a larger bdev_io_pool_size \
+                      with bdev_set_options in the configuration"
+                    .to_owned(),
+            });
+        }
+        // SAFETY: as above; the name is copied.
         let thread = unsafe { spdk_thread_create(c"gaur-queue".as_ptr(), ptr::null_mut()) };
         let thread = NonNull::new(thread).ok_or_else(|| no_memory("SPDK thread"))?;
         let channel = {
@@ -103,6 +113,7 @@ impl SpdkQueuePair {
         Ok(SpdkQueuePair {
             thread,
             channel,
+            desc: device.opened().desc,
             slots: Slots::new(DEPTH),
             ready: VecDeque::with_capacity(depth),
             in_flight: 0,
@@ -172,31 +183,34 @@ impl SpdkQueuePair {
     #[cold]
     fn start_waiting(&mut self) {
         while self.slots.has_free() {
-            let Some(work) = self.splits.next_piece().or_else(|| self.next_waiting()) else { return };
-            if let Work::None = work {
-                // A request was answered, or became a split.
-                continue;
-            }
-            let Ok(index) = self.slots.take(work) else { return };
-            if !self.start(index) {
+            let index = if let Some(piece) = self.splits.next_piece() {
+                self.slots.take_for_piece(piece.split, piece.segments, piece.op, piece.offset, piece.len)
+            } else if let Some(request) = self.waiting.pop_front() {
+                self.take_waiting(request)
+            } else {
+                return;
+            };
+            if let Some(index) = index
+                && !self.start(index)
+            {
                 self.ready.push_front(index);
                 return;
             }
         }
     }
 
-    /// The next of the requests that wait, if it is simple; `Work::None` if it was dealt with in another way.
-    fn next_waiting(&mut self) -> Option<Work> {
-        let request = self.waiting.pop_front()?;
-        if is_late(&request, || Instant::now()) {
+    /// A slot for a request that has waited, unless it is dealt with in another way: it is late, or becomes a split.
+    fn take_waiting(&mut self, request: Request) -> Option<u32> {
+        if request.hints.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             self.answer(request, Err(IoErrorKind::TimedOut));
+            None
         } else if self.is_simple(&request) {
-            return Some(Work::Whole(request));
+            self.slots.take_for_request(request).map_err(|request| self.waiting.push_front(request)).ok()
         } else {
             let flush = request.hints.fua && self.flush_needed && request.kind != Kind::Read;
             self.splits.begin(request, flush);
+            None
         }
-        Some(Work::None)
     }
 
     /// Starts the I/O of slot `index`. Must be inside the SPDK thread. False when SPDK has no memory for it now; an
@@ -204,20 +218,17 @@ impl SpdkQueuePair {
     #[inline]
     fn start(&mut self, index: u32) -> bool {
         let segments = self.slots.segments(index);
-        let (kind, offset, len, io) = match self.slots.work(index) {
-            Work::Whole(request) => {
-                // SAFETY: the slot has room for `MAX_SEGMENTS` (checked by `is_simple`), and SPDK does not know it.
-                let io = unsafe { Io::of_bufs(&request.bufs, segments) };
-                (request.kind, request.offset, request.len, io)
-            }
-            &mut Work::Piece { split, kind, offset, len, segments: count } => {
-                // SAFETY: as above; a piece has at most `MAX_SEGMENTS` segments.
-                let io = unsafe { self.splits.fill(split, offset, len, count, segments) };
-                (kind, offset, len, io)
-            }
-            Work::None => return true,
+        let work = self.slots.work(index);
+        let (op, offset, len) = (work.op, work.offset, work.len);
+        let data = match work.owner {
+            // SAFETY: the slot has room for `MAX_SEGMENTS` (`is_simple` has checked), and SPDK does not know it.
+            Owner::Request => unsafe { Data::of_bufs(&work.bufs, segments) },
+            // SAFETY: as above; a piece has at most `MAX_SEGMENTS` segments.
+            Owner::Split { split, segments: count } => unsafe {
+                self.splits.fill(split, offset, len, count, segments)
+            },
         };
-        let rc = self.call_spdk(kind, offset >> self.block_shift, len >> self.block_shift, io, index);
+        let rc = self.call_spdk(op, offset >> self.block_shift, len >> self.block_shift, data, index);
         if rc == 0 {
             self.in_flight += 1;
             return true;
@@ -231,32 +242,31 @@ impl SpdkQueuePair {
     }
 
     #[inline]
-    fn call_spdk(&self, kind: Kind, block: u64, blocks: u64, io: Io, index: u32) -> i32 {
-        let opened = self.device.opened();
-        let (desc, channel) = (opened.desc.as_ptr(), self.channel.as_ptr());
+    fn call_spdk(&self, op: Op, block: u64, blocks: u64, data: Data, index: u32) -> i32 {
+        let (desc, channel) = (self.desc.as_ptr(), self.channel.as_ptr());
         let (done, argument) = (Some(on_done as _), self.slots.argument(index));
         // SAFETY: the descriptor is open and the channel belongs to the SPDK thread we are in. The range lies inside the
         // bdev (`Request::check`). Buffers and segments stay where they are until `on_done` was called for the slot:
         // they are owned by its work or its split, and both are kept until then.
         unsafe {
-            match (kind, io) {
-                (Kind::Read, Io::One(buf)) => {
+            match (op, data) {
+                (Op::Read, Data::One(buf)) => {
                     spdk_bdev_read_blocks(desc, channel, buf, block, blocks, done, argument)
                 }
-                (Kind::Read, Io::Many(segments, count)) => {
+                (Op::Read, Data::Many(segments, count)) => {
                     spdk_bdev_readv_blocks(desc, channel, segments, count, block, blocks, done, argument)
                 }
-                (Kind::Write, Io::One(buf)) => {
+                (Op::Write, Data::One(buf)) => {
                     spdk_bdev_write_blocks(desc, channel, buf, block, blocks, done, argument)
                 }
-                (Kind::Write, Io::Many(segments, count)) => {
+                (Op::Write, Data::Many(segments, count)) => {
                     spdk_bdev_writev_blocks(desc, channel, segments, count, block, blocks, done, argument)
                 }
-                (Kind::Flush { .. }, _) => gaur_bdev_flush(opened.bdev(), channel, done, argument),
-                (Kind::WriteZeroes, _) => {
+                (Op::Flush, _) => gaur_bdev_flush(self.device.opened().bdev(), channel, done, argument),
+                (Op::WriteZeroes, _) => {
                     spdk_bdev_write_zeroes_blocks(desc, channel, block, blocks, done, argument)
                 }
-                (Kind::Unmap, _) => spdk_bdev_unmap_blocks(desc, channel, block, blocks, done, argument),
+                (Op::Unmap, _) => spdk_bdev_unmap_blocks(desc, channel, block, blocks, done, argument),
             }
         }
     }
@@ -265,25 +275,38 @@ impl SpdkQueuePair {
     #[inline]
     fn answer_done(&mut self, completions: &mut Vec<Completion>) {
         let done = self.slots.done();
+        completions.reserve(done);
+        let mut answered = 0;
         for i in 0..done {
             let (index, result) = self.slots.outcome(i);
             let result = match result {
                 Ok(()) => Ok(()),
-                Err(_) if self.device.is_gone() => Err(IoErrorKind::Gone),
-                Err(why) => Err(why),
+                Err(why) => Err(self.failure(why)),
             };
-            match self.slots.free(index) {
-                Work::Whole(request) => completions.push(request.complete(result, EPOCH)),
-                Work::Piece { split, .. } => {
+            let answer = &mut completions.spare_capacity_mut()[answered];
+            match self.slots.work(index).owner {
+                Owner::Request => {
+                    self.slots.answer(index, result, answer);
+                    answered += 1;
+                }
+                Owner::Split { split, .. } => {
+                    self.slots.free_piece(index);
                     if let Some((request, result)) = self.splits.piece_done(split, result) {
-                        completions.push(request.complete(result, EPOCH));
+                        answer.write(request.complete(result, EPOCH));
+                        answered += 1;
                     }
                 }
-                Work::None => {}
             }
         }
+        // SAFETY: there is room for `done` more (reserved above), and the first `answered` of them were written.
+        unsafe { completions.set_len(completions.len() + answered) };
         self.slots.clear_done();
         self.in_flight -= done;
+    }
+
+    #[cold]
+    fn failure(&self, why: IoErrorKind) -> IoErrorKind {
+        if self.device.is_gone() { IoErrorKind::Gone } else { why }
     }
 
     /// Answers a request that needs no device, at the next poll.
@@ -316,7 +339,7 @@ impl SpdkQueuePair {
         self.earliest_deadline = None;
         for _ in 0..self.waiting.len() {
             let Some(request) = self.waiting.pop_front() else { break };
-            if is_late(&request, || now) {
+            if request.hints.deadline.is_some_and(|deadline| deadline <= now) {
                 self.answer(request, Err(IoErrorKind::TimedOut));
             } else {
                 self.note_deadline(&request);
@@ -325,10 +348,7 @@ impl SpdkQueuePair {
         }
         for _ in 0..self.ready.len() {
             let Some(index) = self.ready.pop_front() else { break };
-            let deadline = match self.slots.work(index) {
-                Work::Whole(request) => request.hints.deadline,
-                Work::Piece { .. } | Work::None => None,
-            };
+            let deadline = self.slots.work(index).deadline;
             if deadline.is_some_and(|deadline| deadline <= now) {
                 self.slots.refuse(index, IoErrorKind::TimedOut);
                 self.in_flight += 1;
@@ -384,10 +404,9 @@ impl QueuePair for SpdkQueuePair {
         }
         self.note_deadline(&request);
         if self.waiting.is_empty() && !self.splits.has_pieces() && self.is_simple(&request) {
-            match self.slots.take(Work::Whole(request)) {
+            match self.slots.take_for_request(request) {
                 Ok(index) => self.ready.push_back(index),
-                Err(Work::Whole(request)) => self.waiting.push_back(request),
-                Err(_) => {}
+                Err(request) => self.waiting.push_back(request),
             }
         } else {
             self.waiting.push_back(request);
@@ -469,10 +488,6 @@ impl Drop for SpdkQueuePair {
     }
 }
 
-fn is_late(request: &Request, now: impl FnOnce() -> Instant) -> bool {
-    request.hints.deadline.is_some_and(|deadline| deadline <= now())
-}
-
 /// Being inside an SPDK thread; restores what was before (an embedder may use SPDK itself).
 struct Inside {
     before: *mut spdk_thread,
@@ -499,28 +514,28 @@ impl Drop for Inside {
 
 /// Where the data of an I/O is.
 #[derive(Clone, Copy)]
-enum Io {
+enum Data {
     /// One buffer, or none (null).
     One(*mut std::ffi::c_void),
     Many(*mut iovec, i32),
 }
 
-impl Io {
+impl Data {
     /// The buffers of a whole request.
     ///
     /// # Safety
     /// `segments` has room for as many as there are buffers (one needs none), and SPDK does not use it.
     #[inline]
-    unsafe fn of_bufs(bufs: &Segments, segments: *mut iovec) -> Io {
+    unsafe fn of_bufs(bufs: &Segments, segments: *mut iovec) -> Data {
         match bufs {
-            Segments::None => Io::One(ptr::null_mut()),
-            Segments::One(buf) => Io::One(buf.as_ptr().cast()),
+            Segments::None => Data::One(ptr::null_mut()),
+            Segments::One(buf) => Data::One(buf.as_ptr().cast()),
             Segments::Many(bufs) => {
                 for (i, buf) in bufs.iter().enumerate() {
                     // SAFETY: `i` is below the number of buffers, for which there is room.
                     unsafe { segments.add(i).write(iovec { iov_base: buf.as_ptr().cast(), iov_len: buf.len() }) };
                 }
-                Io::Many(segments, bufs.len() as i32)
+                Data::Many(segments, bufs.len() as i32)
             }
         }
     }
@@ -535,6 +550,16 @@ struct Split {
     pieces_out: u32,
     error: Option<IoErrorKind>,
     flush: bool,
+}
+
+/// A part of a split request that one I/O of SPDK's carries out.
+struct Piece {
+    split: u32,
+    op: Op,
+    /// Byte address and length at the device.
+    offset: u64,
+    len: u64,
+    segments: u32,
 }
 
 /// All splits; see the module documentation.
@@ -568,15 +593,14 @@ impl Splits {
     }
 
     /// The next piece to start.
-    fn next_piece(&mut self) -> Option<Work> {
+    fn next_piece(&mut self) -> Option<Piece> {
         let number = *self.handing_out.front()?;
         let split = &mut self.table[number as usize];
         let request = split.request.as_ref()?;
         let rest = request.len - split.handed_out;
         let piece = if rest == 0 {
-            let kind = Kind::Flush { epoch: EPOCH };
             split.flush = false;
-            Work::Piece { split: number, kind, offset: 0, len: 0, segments: 0 }
+            Piece { split: number, op: Op::Flush, offset: 0, len: 0, segments: 0 }
         } else {
             let (len, segments) = match request.kind {
                 Kind::Read | Kind::Write => piece_of(request.bufs.as_slice(), split.handed_out, rest.min(MAX_PIECE)),
@@ -584,7 +608,7 @@ impl Splits {
             };
             let offset = request.offset + split.handed_out;
             split.handed_out += len;
-            Work::Piece { split: number, kind: request.kind, offset, len, segments }
+            Piece { split: number, op: request.kind.into(), offset, len, segments }
         };
         split.pieces_out += 1;
         if split.handed_out == request.len {
@@ -598,9 +622,9 @@ impl Splits {
     ///
     /// # Safety
     /// There is room for `count` of them, and SPDK does not use it.
-    unsafe fn fill(&self, number: u32, offset: u64, len: u64, count: u32, segments: *mut iovec) -> Io {
+    unsafe fn fill(&self, number: u32, offset: u64, len: u64, count: u32, segments: *mut iovec) -> Data {
         let Some(request) = self.table[number as usize].request.as_ref().filter(|_| count > 0) else {
-            return Io::One(ptr::null_mut());
+            return Data::One(ptr::null_mut());
         };
         let mut filled = 0;
         for_each_segment(request.bufs.as_slice(), offset - request.offset, len, |base, len| {
@@ -612,7 +636,7 @@ impl Splits {
             filled += 1;
             true
         });
-        Io::Many(segments, filled as i32)
+        Data::Many(segments, filled as i32)
     }
 
     /// Notes that a piece is done; the request with its result when that was the last of it.

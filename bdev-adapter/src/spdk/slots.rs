@@ -4,29 +4,83 @@
 //! SPDK's completion callback while the queue pair polls, are the only ones to touch them, on one OS thread at a time;
 //! they meet only in cells, so neither needs exclusive references to what the other uses.
 //!
-//! A slot is free, or taken (by one [`Work`]); SPDK knows it from the moment an I/O was started successfully until the
-//! callback has put it on the ring.
+//! A slot is free, or taken for a whole request or a piece of one; SPDK knows it from the moment an I/O was started
+//! successfully until the callback has put it on the ring.
+//!
+//! Requests are taken apart field by field into a slot, and completions are put together where the caller wants them:
+//! moving them whole, through the stack, costs more than everything else here.
 
 use std::cell::{Cell, UnsafeCell};
 use std::ffi::c_void;
 use std::ptr::NonNull;
+use std::time::Instant;
 
 use spdk_sys::bdev::{gaur_bdev_io_error, gaur_io_error, io_error_kind, iovec, spdk_bdev_free_io, spdk_bdev_io};
 
-use crate::{IoErrorKind, Kind, Request};
+use super::device::EPOCH;
+use crate::{Completion, IoError, IoErrorKind, Kind, Request, Segments};
 
 /// Segments of one I/O at SPDK; requests with more are carried out in pieces.
 pub(super) const MAX_SEGMENTS: usize = 16;
 
+/// What an I/O does; [`Kind`] without the epoch, which was checked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Op {
+    Read,
+    Write,
+    Flush,
+    WriteZeroes,
+    Unmap,
+}
+
+impl From<Kind> for Op {
+    #[inline]
+    fn from(kind: Kind) -> Op {
+        match kind {
+            Kind::Read => Op::Read,
+            Kind::Write => Op::Write,
+            Kind::Flush { .. } => Op::Flush,
+            Kind::WriteZeroes => Op::WriteZeroes,
+            Kind::Unmap => Op::Unmap,
+        }
+    }
+}
+
+impl Op {
+    fn name(self) -> &'static str {
+        let kind = match self {
+            Op::Read => Kind::Read,
+            Op::Write => Kind::Write,
+            Op::Flush => Kind::Flush { epoch: EPOCH },
+            Op::WriteZeroes => Kind::WriteZeroes,
+            Op::Unmap => Kind::Unmap,
+        };
+        kind.name()
+    }
+}
+
 /// What a slot is taken for.
-#[derive(Debug, Default)]
-pub(super) enum Work {
-    #[default]
-    None,
-    /// A whole request.
-    Whole(Request),
-    /// A piece of the request in split number `split`.
-    Piece { split: u32, kind: Kind, offset: u64, len: u64, segments: u32 },
+#[derive(Debug)]
+pub(super) struct Work {
+    pub(super) op: Op,
+    pub(super) owner: Owner,
+    /// Byte address and length at the device.
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    /// For a whole request only.
+    tag: u64,
+    pub(super) deadline: Option<Instant>,
+    pub(super) bufs: Segments,
+}
+
+/// Whose I/O it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Owner {
+    /// The request itself, whose buffers are in the slot.
+    Request,
+    /// Split number `split`, which has the buffers; the piece lies in so many segments.
+    Split { split: u32, segments: u32 },
 }
 
 /// Cache-line aligned, the part that every I/O touches first.
@@ -34,8 +88,10 @@ pub(super) enum Work {
 pub(super) struct Slot {
     ring: NonNull<Ring>,
     index: u32,
-    failure: Cell<Option<IoErrorKind>>,
+    failed: Cell<bool>,
     work: UnsafeCell<Work>,
+    /// Meaningful while `failed`.
+    failure: Cell<IoErrorKind>,
     segments: UnsafeCell<[iovec; MAX_SEGMENTS]>,
 }
 
@@ -46,6 +102,7 @@ struct Ring {
 }
 
 impl Ring {
+    #[inline]
     fn push(&self, index: u32) {
         let len = self.len.get();
         self.entries[len].set(index);
@@ -68,8 +125,17 @@ impl Slots {
         let slot = |index| Slot {
             ring,
             index,
-            failure: Cell::new(None),
-            work: UnsafeCell::new(Work::None),
+            failed: Cell::new(false),
+            work: UnsafeCell::new(Work {
+                op: Op::Flush,
+                owner: Owner::Request,
+                offset: 0,
+                len: 0,
+                tag: 0,
+                deadline: None,
+                bufs: Segments::None,
+            }),
+            failure: Cell::new(IoErrorKind::NoMemory),
             segments: UnsafeCell::new([empty; MAX_SEGMENTS]),
         };
         let slots: Box<[Slot]> = (0..count).map(slot).collect();
@@ -77,20 +143,53 @@ impl Slots {
         Slots { slots: NonNull::from(Box::leak(slots)), ring, free: (0..count).rev().collect() }
     }
 
-    /// Takes a free slot for `work`; gives the work back when there is none.
+    /// Takes a free slot for a whole request.
     #[inline]
-    pub(super) fn take(&mut self, work: Work) -> Result<u32, Work> {
-        let Some(index) = self.free.pop() else { return Err(work) };
-        *self.work(index) = work;
+    pub(super) fn take_for_request(&mut self, request: Request) -> Result<u32, Request> {
+        let Some(index) = self.free.pop() else { return Err(request) };
+        let work = self.work(index);
+        work.op = request.kind.into();
+        work.owner = Owner::Request;
+        work.offset = request.offset;
+        work.len = request.len;
+        work.tag = request.tag;
+        work.deadline = request.hints.deadline;
+        debug_assert!(matches!(work.bufs, Segments::None));
+        // SAFETY: a free slot has `Segments::None`, of which nothing is to be dropped.
+        unsafe { std::ptr::write(&mut work.bufs, request.bufs) };
         Ok(index)
     }
 
-    /// Frees a slot that SPDK does not know; what it was taken for.
+    /// Takes a free slot for a piece of a split.
+    pub(super) fn take_for_piece(&mut self, split: u32, segments: u32, op: Op, offset: u64, len: u64) -> Option<u32> {
+        let index = self.free.pop()?;
+        let work = self.work(index);
+        (work.op, work.owner) = (op, Owner::Split { split, segments });
+        (work.offset, work.len, work.deadline) = (offset, len, None);
+        Some(index)
+    }
+
+    /// Frees the slot of a request that SPDK does not know (any more), and writes its answer to `answer`.
     #[inline]
-    pub(super) fn free(&mut self, index: u32) -> Work {
-        let work = std::mem::take(self.work(index));
+    pub(super) fn answer(
+        &mut self,
+        index: u32,
+        result: Result<(), IoErrorKind>,
+        answer: &mut std::mem::MaybeUninit<Completion>,
+    ) {
+        let work = self.work(index);
+        let result = match result {
+            Ok(()) => Ok(()),
+            Err(kind) => Err(io_error(work, kind)),
+        };
+        let bufs = std::mem::replace(&mut work.bufs, Segments::None);
+        answer.write(Completion { tag: work.tag, result, bufs, epoch: EPOCH });
         self.free.push(index);
-        work
+    }
+
+    /// Frees the slot of a piece.
+    pub(super) fn free_piece(&mut self, index: u32) {
+        self.free.push(index);
     }
 
     #[inline]
@@ -120,7 +219,7 @@ impl Slots {
 
     /// Puts a slot that SPDK refused on the ring, with the reason.
     pub(super) fn refuse(&mut self, index: u32, why: IoErrorKind) {
-        self.slot(index).failure.set(Some(why));
+        self.slot(index).fail(why);
         self.ring().push(index);
     }
 
@@ -134,7 +233,8 @@ impl Slots {
     #[inline]
     pub(super) fn outcome(&self, i: usize) -> (u32, Result<(), IoErrorKind>) {
         let index = self.ring().entries[i].get();
-        (index, self.slot(index).failure.take().map_or(Ok(()), Err))
+        let slot = self.slot(index);
+        (index, if slot.failed.take() { Err(slot.failure.get()) } else { Ok(()) })
     }
 
     /// Empties the ring, after its slots were freed.
@@ -154,6 +254,19 @@ impl Slots {
         // SAFETY: as for `slot`.
         unsafe { self.ring.as_ref() }
     }
+}
+
+impl Slot {
+    #[cold]
+    fn fail(&self, why: IoErrorKind) {
+        self.failed.set(true);
+        self.failure.set(why);
+    }
+}
+
+#[cold]
+fn io_error(work: &Work, kind: IoErrorKind) -> Box<IoError> {
+    Box::new(IoError { op: work.op.name(), offset: work.offset, len: work.len, kind })
 }
 
 impl Drop for Slots {
@@ -179,7 +292,7 @@ pub(super) unsafe extern "C" fn on_done(io: *mut spdk_bdev_io, success: bool, ar
     };
     if !success {
         // SAFETY: `io` has completed and is not freed yet.
-        slot.failure.set(Some(unsafe { failure(io) }));
+        slot.fail(unsafe { failure(io) });
     }
     // SAFETY: the I/O is ours and done; it is freed once, here.
     unsafe { spdk_bdev_free_io(io) };

@@ -18,9 +18,6 @@ use crate::units::MIB;
 const PIECE: usize = 1 << 20;
 /// Accesses in flight then.
 const DEPTH: usize = 8;
-/// No more of a device than this is touched beforehand: no row uses more.
-const TOUCHED_MAX: u64 = 3 << 30;
-
 /// Where and how rows are measured.
 pub(crate) struct Lab {
     /// The device under test; every row begins by formatting it.
@@ -33,7 +30,8 @@ pub(crate) struct Lab {
     pub(crate) bars: Bars,
     /// Erase what is on the device. False only until the first format went through.
     force: Cell<bool>,
-    touched: Cell<bool>,
+    /// Bytes at the start of the device that were written at least once.
+    touched: Cell<u64>,
 }
 
 impl Lab {
@@ -43,7 +41,7 @@ impl Lab {
             return Err(Failure::Usage("--seconds must be more than zero".to_owned()));
         }
         let device = open_device(uri, Access::Create)?;
-        Ok(Lab { device, seconds, seed, bars, force: Cell::new(force), touched: Cell::new(false) })
+        Ok(Lab { device, seconds, seed, bars, force: Cell::new(force), touched: Cell::new(0) })
     }
 
     /// A fresh filesystem on the device, mounted with everything on the calling thread: rows count one core, and a helper
@@ -57,20 +55,21 @@ impl Lab {
         Ok(Mounted { channel, fs })
     }
 
-    /// Makes sure that every byte that a row may use has been written once: memory that never was is a shared page of
-    /// zeroes, a hole in a file is no I/O at all, and reading those would flatter the raw device.
-    pub(crate) fn touch_device(&self) -> Result<()> {
-        if self.touched.get() {
+    /// Makes sure that the first `bytes` of the device have been written once, before a raw lane uses them: memory that
+    /// never was is a shared page of zeroes, a hole in a file is no I/O at all, and reading those would flatter the raw
+    /// device.
+    pub(crate) fn touch(&self, bytes: u64) -> Result<()> {
+        let bytes = bytes.min(self.device.geometry().capacity);
+        if self.touched.get() >= bytes {
             return Ok(());
         }
         // Formatting refuses to erase a filesystem unless told to; raw writes must not get around that.
         self.fresh()?.unmount()?;
-        let bytes = self.device.geometry().capacity.min(TOUCHED_MAX);
         let bar = self.bars.bytes("touch the device", bytes);
         let mut lane = RawLane::new(&self.device, 0)?;
         write_all(&mut lane, &self.device, bytes, PIECE, &mut |done| bar.set_position(done))?;
         bar.finish_and_clear();
-        self.touched.set(true);
+        self.touched.set(bytes);
         Ok(())
     }
 

@@ -102,8 +102,9 @@ mod tests {
                     let end = expected.len().min(start + chunk);
                     let mut bytes = vec![0; end - start];
                     let from_source = source.len().clamp(start, end);
-                    bytes[..from_source - start]
-                        .copy_from_slice(&source[start.min(from_source)..from_source]);
+                    if source.len() > start {
+                        bytes[..from_source - start].copy_from_slice(&source[start..from_source]);
+                    }
                     file.replay(start as u64, &mut bytes);
                     assert_eq!(bytes, expected[start..end], "seed {seed}, bytes {start}..{end}");
                 }

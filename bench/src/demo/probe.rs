@@ -18,6 +18,8 @@ const BLOCK: usize = 4096;
 pub(crate) const DURABLE_NAME: &[u8] = b"gaur-demo/durable-overwrites";
 /// Its size in bytes.
 pub(crate) const DURABLE_SIZE: u64 = 16 << 20;
+/// Overwrites at most: each is replayed when the file is verified.
+const DURABLE_MAX: u64 = 100_000;
 /// Reads in flight.
 pub(crate) const READ_DEPTH: usize = 32;
 /// Files that the random reads go to.
@@ -54,7 +56,7 @@ pub(crate) fn durable_overwrites(
     let started = Instant::now();
     let mut operations = 0;
     let block = &mut block[..BLOCK];
-    while started.elapsed() < duration {
+    while operations < DURABLE_MAX && started.elapsed() < duration {
         let (offset, seed) = (rng.random_range(0..DURABLE_SIZE / BLOCK as u64) * BLOCK as u64, rng.random());
         pattern(seed, offset, block);
         channel.write(&file, offset, block).doing("overwrite a block")?;

@@ -25,8 +25,8 @@ pub(crate) enum Rw {
     /// Random writes
     Randwrite,
     /// Sequential reads and writes
-    #[value(alias = "readwrite")]
-    Rw,
+    #[value(name = "rw", alias = "readwrite")]
+    Mixed,
     /// Random reads and writes
     Randrw,
 }
@@ -54,7 +54,7 @@ impl Rw {
             Rw::Write => "write",
             Rw::Randread => "randread",
             Rw::Randwrite => "randwrite",
-            Rw::Rw => "rw",
+            Rw::Mixed => "rw",
             Rw::Randrw => "randrw",
         }
     }

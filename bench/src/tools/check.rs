@@ -34,6 +34,10 @@ struct Checked<'a> {
     data_blocks: u64,
     metadata_blocks: u64,
     leaked_blocks: u64,
+    verified_blocks: u64,
+    orphans: u64,
+    problem_count: u64,
+    /// The first thousand of them.
     problems: &'a [String],
     seconds: f64,
     ok: bool,
@@ -45,7 +49,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<()> {
     let bars = Bars::new(args.json);
     let report = with_mounted(&args.device, Access::Read, |fs, channel| walk(fs, channel, bars))?;
     let time = started.elapsed();
-    let ok = report.problems.is_empty();
+    let ok = report.is_clean();
     let mut out = Out::new(args.json);
     if args.json {
         out.json(&Checked {
@@ -55,6 +59,9 @@ pub(crate) fn run(args: &CheckArgs) -> Result<()> {
             data_blocks: report.data_blocks,
             metadata_blocks: report.metadata_blocks,
             leaked_blocks: report.leaked_blocks,
+            verified_blocks: report.verified_blocks,
+            orphans: report.orphans,
+            problem_count: report.problem_count,
             problems: &report.problems,
             seconds: time.as_secs_f64(),
             ok,
@@ -64,13 +71,18 @@ pub(crate) fn run(args: &CheckArgs) -> Result<()> {
             out.line(format!("problem: {problem}"))?;
         }
         out.line(format!(
-            "{} files, {} extents, {} data and {} metadata blocks, {} leaked: {} ({})",
+            "{} files, {} extents, {} data and {} metadata blocks, {} verified, {} leaked: {} ({})",
             units::count(report.files),
             units::count(report.extents),
             units::count(report.data_blocks),
             units::count(report.metadata_blocks),
+            units::count(report.verified_blocks),
             units::count(report.leaked_blocks),
-            if ok { "no problem".to_owned() } else { format!("{} PROBLEMS", report.problems.len()) },
+            if ok {
+                "no problem".to_owned()
+            } else {
+                format!("{} PROBLEMS", units::count(report.problem_count))
+            },
             units::time(time),
         ))?;
     }
@@ -82,7 +94,8 @@ pub(crate) fn run(args: &CheckArgs) -> Result<()> {
 pub(crate) fn walk(fs: &Filesystem, channel: &Channel, bars: Bars) -> Result<CheckReport> {
     let bar = bars.steps("check", 0);
     let report = fs.check(channel, &mut |progress| {
-        bar.set_length(progress.total);
+        bar.set_message(progress.phase);
+        bar.set_length(progress.total.unwrap_or(progress.done));
         bar.set_position(progress.done);
     });
     bar.finish_and_clear();

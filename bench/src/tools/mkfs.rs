@@ -45,7 +45,7 @@ pub(crate) fn run(args: &MkfsArgs) -> Result<()> {
     let fs = mount_device(&device, true)?;
     let info = fs.info();
     fs.unmount().doing("unmount the new filesystem")?;
-    let uuid = hex(&info.uuid);
+    let uuid = info.uuid_text();
     let mut out = Out::new(args.json);
     if args.json {
         out.json(&Made {
@@ -64,16 +64,4 @@ pub(crate) fn run(args: &MkfsArgs) -> Result<()> {
         ))?;
     }
     out.flush()
-}
-
-/// A UUID in its usual form.
-fn hex(uuid: &[u8; 16]) -> String {
-    let mut text = String::with_capacity(36);
-    for (index, byte) in uuid.iter().enumerate() {
-        if matches!(index, 4 | 6 | 8 | 10) {
-            text.push('-');
-        }
-        text.push_str(&format!("{byte:02x}"));
-    }
-    text
 }

@@ -4,6 +4,7 @@
 //! `submit` and `poll`. The number of buffers bounds everything: the reader waits when all are in flight.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::File as HostFile;
 use std::io::Read;
 use std::sync::Arc;
@@ -176,8 +177,8 @@ impl Writer<'_> {
 
     /// Submits the open of a file at the first news of it.
     fn begin(&mut self, index: usize) {
-        if !self.open.contains_key(&index) {
-            self.open.insert(index, Incoming::default());
+        if let Entry::Vacant(entry) = self.open.entry(index) {
+            entry.insert(Incoming::default());
             let name = self.items[index].name.clone();
             self.flight.submit(Operation::Open { name, flags: self.flags }, Step::Open { index });
         }

@@ -10,7 +10,7 @@ use super::view::{MapStats, Segment, View};
 impl ExtentMap {
     /// Checks the structure of the present view: full coverage, ascending keys, nothing left to merge, counters. The error
     /// says what is wrong.
-    pub fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let guard = pin();
         self.view(&guard).check()
     }
@@ -18,7 +18,7 @@ impl ExtentMap {
 
 impl View<'_> {
     /// As [`ExtentMap::check`], of this view.
-    pub fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let mut found = MapStats::default();
         let segments = &self.data.segments;
         if segments.listed.is_empty() {

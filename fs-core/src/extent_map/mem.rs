@@ -28,10 +28,10 @@ use super::node::{
 
 /// Keeps what a reader has reached alive. Costs some 6 ns; never hold one across an I/O: reclamation waits for it.
 #[derive(Debug)]
-pub struct EpochGuard(Guard);
+pub(crate) struct EpochGuard(Guard);
 
 /// Enters an epoch on the calling thread. Guards nest cheaply.
-pub fn pin() -> EpochGuard {
+pub(crate) fn pin() -> EpochGuard {
     EpochGuard(crossbeam_epoch::pin())
 }
 

@@ -13,10 +13,10 @@ use crate::types::FileBlock;
 /// what only moves knowledge in and out (load, unpin, evict).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
-pub struct FileVersion(pub u64);
+pub(crate) struct FileVersion(pub(crate) u64);
 
-/// Lookups that [`View::lookup_batch`] and [`lookup_across`] keep in flight together.
-pub const LOOKUP_LANES: usize = 16;
+/// Lookups that [`View::lookup_batch`] and [`View::lookup_across`] keep in flight together.
+pub(crate) const LOOKUP_LANES: usize = 16;
 
 /// One segment of the file: 2^30 blocks.
 #[derive(Clone, Copy, Debug)]
@@ -43,13 +43,13 @@ impl Segments {
 
 /// Counters of a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct MapStats {
+pub(crate) struct MapStats {
     /// Entries held in nodes.
-    pub entries: u64,
+    pub(crate) entries: u64,
     /// Those among them that are pinned.
-    pub pinned: u64,
+    pub(crate) pinned: u64,
     /// Bytes of the nodes.
-    pub node_bytes: u64,
+    pub(crate) node_bytes: u64,
 }
 
 /// The published state of a map.
@@ -64,7 +64,7 @@ pub(super) struct ViewData {
 /// One whole state of a file: size, version and mappings that belong together. Lives as long as the epoch guard and the
 /// map; sees nothing of later changes.
 #[derive(Clone, Copy)]
-pub struct View<'g> {
+pub(crate) struct View<'g> {
     pub(super) data: &'g ViewData,
     pub(super) reach: Reach<'g>,
     pub(super) guard: &'g EpochGuard,
@@ -73,24 +73,24 @@ pub struct View<'g> {
 impl<'g> View<'g> {
     /// Size of the file in bytes.
     #[inline]
-    pub fn size(&self) -> u64 {
+    pub(crate) fn size(&self) -> u64 {
         self.data.size
     }
 
     /// Version of the file.
     #[inline]
-    pub fn version(&self) -> FileVersion {
+    pub(crate) fn version(&self) -> FileVersion {
         self.data.version
     }
 
     /// Counters.
-    pub fn stats(&self) -> MapStats {
+    pub(crate) fn stats(&self) -> MapStats {
         self.data.stats
     }
 
     /// The entry that covers `block`, whole (cut only at multiples of 2^30 blocks). Behind [`MAX_FILE_BLOCKS`] all is hole.
     #[inline]
-    pub fn lookup(&self, block: FileBlock) -> Entry {
+    pub(crate) fn lookup(&self, block: FileBlock) -> Entry {
         if block.0 >= MAX_FILE_BLOCKS {
             return beyond_the_largest_file();
         }
@@ -102,15 +102,22 @@ impl<'g> View<'g> {
 
     /// Looks up `blocks[i]` into `entries[i]`, up to the shorter of the two, with [`LOOKUP_LANES`] descents under way at a time
     /// so that their cache misses overlap.
-    pub fn lookup_batch(&self, blocks: &[FileBlock], entries: &mut [Entry]) {
+    pub(crate) fn lookup_batch(&self, blocks: &[FileBlock], entries: &mut [Entry]) {
         for (blocks, entries) in blocks.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
             lookup_lanes(entries, |lane| blocks.get(lane).map(|block| (*self, *block)));
         }
     }
 
+    /// As [`View::lookup_batch`] over several files: looks up each block in its view.
+    pub(crate) fn lookup_across(queries: &[(View<'_>, FileBlock)], entries: &mut [Entry]) {
+        for (queries, entries) in queries.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
+            lookup_lanes(entries, |lane| queries.get(lane).copied());
+        }
+    }
+
     /// The entries of `range` in order, clipped to it. Neighbours that continue each other across a segment's end (2^30
     /// blocks) are given as two.
-    pub fn iter(&self, range: BlockRange) -> impl Iterator<Item = Entry> + use<'g> {
+    pub(crate) fn iter(&self, range: BlockRange) -> impl Iterator<Item = Entry> + use<'g> {
         let view = *self;
         let mut next = range.start();
         std::iter::from_fn(move || {
@@ -124,7 +131,7 @@ impl<'g> View<'g> {
     }
 
     /// Whether some block of `range` has to be loaded from the metadata tree.
-    pub fn has_unknown(&self, range: BlockRange) -> bool {
+    pub(crate) fn has_unknown(&self, range: BlockRange) -> bool {
         self.iter(range).any(|entry| entry.is_unknown())
     }
 
@@ -150,13 +157,6 @@ impl fmt::Debug for View<'_> {
             .field("stats", &self.data.stats)
             .field("entries", &entries)
             .finish()
-    }
-}
-
-/// As [`View::lookup_batch`] over several files: looks up each block in its view.
-pub fn lookup_across(queries: &[(View<'_>, FileBlock)], entries: &mut [Entry]) {
-    for (queries, entries) in queries.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
-        lookup_lanes(entries, |lane| queries.get(lane).copied());
     }
 }
 

@@ -223,8 +223,11 @@ pub(crate) fn plan(
     }
     plan.extents += plan.put.len() as i64;
     plan.blocks += new.iter().map(|n| n.len as i64).sum::<i64>();
-    for at in plan.put.iter().map(|e| e.at).chain(plan.remove.iter().copied()) {
-        t.touch(TreeKind::Extents, &key(id, at))?;
+    // The path of `start` and those of the old records are in memory, since they were looked up.
+    for at in plan.put.iter().map(|e| e.at).filter(|at| *at > start) {
+        if old.binary_search_by_key(&at, |e| e.at).is_err() {
+            t.touch(TreeKind::Extents, &key(id, at))?;
+        }
     }
     Ok(plan)
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::{TreeKind, value_of};
+use super::{TreeKind, key_u64, value_of};
 use crate::channel::operation::Stat;
 use crate::txn::{Stop, Txn};
 use crate::types::{BLOCK_SIZE, Generation, InodeId};
@@ -128,4 +128,18 @@ pub(crate) fn put(t: &mut Txn<'_>, id: InodeId, inode: &Inode) -> Result<(), Sto
 /// Removes inode `id`.
 pub(crate) fn remove(t: &mut Txn<'_>, id: InodeId) -> Result<(), Stop> {
     t.remove(TreeKind::Inodes, &key(id)).map(|_| ())
+}
+
+/// Up to `max` inode ids from `from` on.
+pub(crate) fn list(t: &mut Txn<'_>, from: InodeId, max: usize) -> Result<Vec<InodeId>, Stop> {
+    let mut found = Vec::new();
+    let mut bad = None;
+    t.scan(TreeKind::Inodes, &key(from), |key, _| {
+        match key_u64(TreeKind::Inodes, key, 0) {
+            Ok(id) => found.push(InodeId(id)),
+            Err(stop) => bad = Some(stop),
+        }
+        bad.is_none() && found.len() < max
+    })?;
+    bad.map_or(Ok(found), Err)
 }

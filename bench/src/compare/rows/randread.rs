@@ -54,7 +54,7 @@ impl RandomReads {
             let (capacity, need) = (units::bytes(capacity), units::bytes(need));
             return Err(Failure::new(format!("the device has {capacity}; this row needs {need}")));
         }
-        lab.touch_device()?;
+        lab.touch(FILE_BYTES)?;
         let mounted = lab.fresh()?;
         let file = mounted.create_filled(lab, "randread", FILE_BYTES)?;
         let mut buffers = dma_buffers(&lab.device, depth, BLOCK)?;

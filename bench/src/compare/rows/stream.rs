@@ -50,7 +50,7 @@ struct Writes {
 
 impl Writes {
     fn prepare(lab: &Lab) -> Result<Writes> {
-        lab.touch_device()?;
+        lab.touch(FILE_BYTES)?;
         let mut buffers = dma_buffers(&lab.device, DEPTH, PIECE)?;
         for (number, buf) in buffers.iter_mut().enumerate() {
             crate::transfer::edit::pattern(lab.seed + number as u64, 0, buf);
@@ -106,7 +106,7 @@ struct Reads {
 
 impl Reads {
     fn prepare(lab: &Lab) -> Result<Reads> {
-        lab.touch_device()?;
+        lab.touch(FILE_BYTES)?;
         let span = lab.span(FILE_BYTES)?;
         let mounted = lab.fresh()?;
         let file = mounted.create_filled(lab, "stream", span)?;

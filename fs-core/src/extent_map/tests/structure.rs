@@ -84,7 +84,7 @@ fn batches_equal_single_lookups(map: &ExtentMap, rng: &mut SmallRng, blocks: u64
             .map(|(i, block)| (if i % 3 == 0 { empty.view(&guard) } else { view }, *block))
             .collect();
         let single: Vec<Entry> = across.iter().map(|(view, block)| view.lookup(*block)).collect();
-        lookup_across(&across, &mut entries);
+        View::lookup_across(&across, &mut entries);
         assert_eq!(entries, single);
     }
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
+use super::central::CLASSES;
 use super::*;
 use crate::DmaBuf;
 

@@ -4,9 +4,9 @@
 //! that is an [`ArenaSource`]: anonymous memory ([`MapArenas`]) or SPDK's huge pages.
 //!
 //! How an allocation is served:
-//! 1. up to 64 KiB: the magazine of the calling thread's shard ([`Shard`]), a short list under a lock that other
+//! 1. up to 64 KiB: the magazine of the calling thread's shard (`Shard`), a short list under a lock that other
 //!    threads rarely want;
-//! 2. an empty magazine is refilled, and a full one emptied, by half from the arenas ([`Central`]);
+//! 2. an empty magazine is refilled, and a full one emptied, by half from the arenas (`Central`);
 //! 3. up to 1 MiB: a free block of an arena that serves this size class, or of a fresh arena;
 //! 4. larger: an arena of its own, rounded up to 2 MiB.
 //!
@@ -19,14 +19,19 @@
 //! Deliberately absent: moving or splitting blocks between classes (an arena that holds one 4 KiB block stays a 4 KiB
 //! arena), and any zeroing: a recycled block has the bytes of its last user.
 
+mod central;
+mod map;
+
 use std::fmt;
-use std::io;
-use std::ptr::{self, NonNull};
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
 
+pub use map::MapArenas;
+
 use crate::{DmaSource, Error, RawDma};
+use central::{Block, Central, class_len, class_of};
 
 /// Size and alignment in bytes of an arena that is cut into blocks; larger ones are a multiple of it.
 pub const ARENA_LEN: usize = 2 << 20;
@@ -36,13 +41,10 @@ pub const MIN_BLOCK: usize = 4096;
 /// Largest block in bytes that is cut from an arena.
 pub const MAX_BLOCK: usize = 1 << 20;
 
-const MIN_SHIFT: u32 = MIN_BLOCK.trailing_zeros();
-const CLASSES: usize = (MAX_BLOCK.trailing_zeros() - MIN_SHIFT + 1) as usize;
 /// Classes 4 KiB to 64 KiB go through the magazines.
 const MAGAZINE_CLASSES: usize = 5;
 /// Bytes that the magazine of one class holds at most.
 const MAGAZINE_BYTES: usize = 256 << 10;
-const BITMAP_WORDS: usize = ARENA_LEN / MIN_BLOCK / 64;
 
 /// A big piece of memory.
 #[derive(Debug, Clone, Copy)]
@@ -131,9 +133,6 @@ impl ArenaToken {
     }
 }
 
-/// Arenas ever made in this process: tokens of two pools never coincide, so a buffer of another device is recognised.
-static NEXT_ARENA_ID: AtomicU64 = AtomicU64::new(1);
-
 /// A pool of DMA memory. See the module documentation. All functions may be called from any thread.
 pub struct Pool<A: ArenaSource> {
     source: A,
@@ -144,18 +143,9 @@ pub struct Pool<A: ArenaSource> {
     retired: AtomicU64,
 }
 
-/// A block that waits for reuse.
-struct Block {
-    ptr: NonNull<u8>,
-    token: ArenaToken,
-}
-
 /// The magazines of the threads that hash to one shard; padded so that two shards share no cache line.
 #[repr(align(128))]
 struct Shard(Mutex<[Vec<Block>; MAGAZINE_CLASSES]>);
-
-// SAFETY: a waiting block is plain memory that nothing else refers to.
-unsafe impl Send for Block {}
 
 impl<A: ArenaSource> fmt::Debug for Pool<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -369,168 +359,8 @@ impl<A: ArenaSource> Drop for Pool<A> {
     }
 }
 
-/// All arenas, under one lock.
-#[derive(Default)]
-struct Central {
-    slots: Vec<Option<Slot>>,
-    free_slots: Vec<usize>,
-    /// Per class the slots of arenas that have a free block.
-    partial: [Vec<usize>; CLASSES],
-    /// Arenas of [`ARENA_LEN`] that serve no class.
-    idle: Vec<usize>,
-    idle_large: Vec<usize>,
-    idle_bytes: usize,
-    bytes: usize,
-    /// Blocks and large arenas handed out, those in magazines included.
-    blocks_out: usize,
-}
-
-struct Slot {
-    arena: Arena,
-    token: ArenaToken,
-    /// Meaningless while the arena is idle or large.
-    class: usize,
-    /// A set bit is a free block.
-    free: [u64; BITMAP_WORDS],
-    free_count: usize,
-    /// Position in `Central::partial[class]`, when it is there.
-    partial_at: usize,
-}
-
-// SAFETY: the table only names memory; the memory itself belongs to the owners of the blocks.
-unsafe impl Send for Central {}
-
-impl Central {
-    fn slot(&self, token: ArenaToken) -> Option<&Slot> {
-        self.slots.get(token.slot())?.as_ref().filter(|slot| slot.token == token)
-    }
-
-    fn is_full(&self) -> bool {
-        self.free_slots.is_empty() && self.slots.len() >= 1 << ArenaToken::SLOT_BITS
-    }
-
-    fn insert(&mut self, arena: Arena, large: bool) -> usize {
-        let index = self.free_slots.pop().unwrap_or_else(|| {
-            self.slots.push(None);
-            self.slots.len() - 1
-        });
-        // Relaxed: only uniqueness matters.
-        let id = NEXT_ARENA_ID.fetch_add(1, Ordering::Relaxed);
-        let token = ArenaToken::new(index, id, large);
-        self.bytes += arena.len;
-        self.slots[index] =
-            Some(Slot { arena, token, class: 0, free: [0; BITMAP_WORDS], free_count: 0, partial_at: 0 });
-        index
-    }
-
-    /// Makes an idle arena serve `class`.
-    fn dedicate(&mut self, index: usize, class: usize) {
-        let Some(slot) = self.slots[index].as_mut() else { return };
-        let blocks = blocks_per_arena(class);
-        slot.class = class;
-        slot.free_count = blocks;
-        slot.free = [0; BITMAP_WORDS];
-        for block in 0..blocks {
-            slot.free[block / 64] |= 1 << (block % 64);
-        }
-        slot.partial_at = self.partial[class].len();
-        self.partial[class].push(index);
-    }
-
-    fn take(&mut self, class: usize) -> Option<Block> {
-        let index = *self.partial[class].last()?;
-        let slot = self.slots[index].as_mut()?;
-        let word = slot.free.iter().position(|word| *word != 0)?;
-        let block = word * 64 + slot.free[word].trailing_zeros() as usize;
-        slot.free[word] &= slot.free[word] - 1;
-        slot.free_count -= 1;
-        if slot.free_count == 0 {
-            self.partial[class].pop();
-        }
-        self.blocks_out += 1;
-        // SAFETY: `block < blocks_per_arena(class)`, so the offset lies inside the arena.
-        let ptr = unsafe { slot.arena.ptr.add(block * class_len(class)) };
-        Some(Block { ptr, token: slot.token })
-    }
-
-    /// Takes a block or a large arena back; the arena becomes idle when it was the last.
-    fn put(&mut self, block: Block) {
-        let index = block.token.slot();
-        let Some(slot) = self.slots[index].as_mut() else {
-            debug_assert!(false, "released a block of no arena");
-            return;
-        };
-        debug_assert_eq!(slot.token, block.token);
-        self.blocks_out -= 1;
-        if block.token.is_large() {
-            self.idle_bytes += slot.arena.len;
-            self.idle_large.push(index);
-            return;
-        }
-        let class = slot.class;
-        let number = (block.ptr.as_ptr() as usize - slot.arena.ptr.as_ptr() as usize) / class_len(class);
-        debug_assert_eq!(slot.free[number / 64] & 1 << (number % 64), 0, "block released twice");
-        slot.free[number / 64] |= 1 << (number % 64);
-        slot.free_count += 1;
-        if slot.free_count == 1 {
-            slot.partial_at = self.partial[class].len();
-            self.partial[class].push(index);
-        }
-        if slot.free_count == blocks_per_arena(class) {
-            let at = slot.partial_at;
-            self.leave_partial(class, at);
-            self.idle_bytes += ARENA_LEN;
-            self.idle.push(index);
-        }
-    }
-
-    fn leave_partial(&mut self, class: usize, at: usize) {
-        self.partial[class].swap_remove(at);
-        if let Some(moved) = self.partial[class].get(at).copied()
-            && let Some(slot) = self.slots[moved].as_mut()
-        {
-            slot.partial_at = at;
-        }
-    }
-
-    fn take_idle_large(&mut self, len: usize) -> Option<usize> {
-        let fits = |index: &usize| self.slots[*index].as_ref().is_some_and(|slot| slot.arena.len == len);
-        let at = self.idle_large.iter().rposition(fits)?;
-        self.idle_bytes -= len;
-        Some(self.idle_large.swap_remove(at))
-    }
-
-    /// Removes an idle arena from the table, the large ones first.
-    fn remove_idle(&mut self) -> Option<Arena> {
-        let index =
-            if self.idle_large.is_empty() { self.idle.pop()? } else { self.idle_large.swap_remove(0) };
-        let slot = self.slots[index].take()?;
-        self.free_slots.push(index);
-        self.bytes -= slot.arena.len;
-        self.idle_bytes -= slot.arena.len;
-        Some(slot.arena)
-    }
-}
-
-const fn class_len(class: usize) -> usize {
-    MIN_BLOCK << class
-}
-
-const fn blocks_per_arena(class: usize) -> usize {
-    ARENA_LEN / class_len(class)
-}
-
 const fn magazine_len(class: usize) -> usize {
     MAGAZINE_BYTES / class_len(class)
-}
-
-/// The size class that holds `len` bytes; none when it needs an arena of its own.
-fn class_of(len: usize) -> Option<usize> {
-    if len > MAX_BLOCK {
-        return None;
-    }
-    let len = len.max(MIN_BLOCK).next_power_of_two();
-    Some((len.trailing_zeros() - MIN_SHIFT) as usize)
 }
 
 /// Threads are spread over the shards in the order in which they first allocate.
@@ -552,52 +382,5 @@ fn half_of_memory() -> usize {
     }
 }
 
-/// Arenas of anonymous memory, aligned to 2 MiB, in huge pages where the system has them to give.
-#[derive(Debug, Default)]
-pub struct MapArenas;
-
-// SAFETY: a private anonymous mapping is zeroed memory that nothing else refers to until it is unmapped.
-unsafe impl ArenaSource for MapArenas {
-    fn obtain(&self, len: usize) -> Result<Arena, Error> {
-        let ptr = map_aligned(len).map_err(|error| Error::NoMemory {
-            len,
-            why: format!("mmap: {error}; free memory or lower what the process keeps in buffers"),
-        })?;
-        // SAFETY: the range was just mapped. The call is advice: its failure (no such feature) is of no consequence.
-        unsafe { libc::madvise(ptr.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-        Ok(Arena { ptr, len })
-    }
-
-    unsafe fn give_back(&self, arena: Arena) {
-        // SAFETY: the caller gives up a mapping that `obtain` made.
-        unsafe { libc::munmap(arena.ptr.as_ptr().cast(), arena.len) };
-    }
-}
-
-/// Maps `len` bytes at a multiple of [`ARENA_LEN`]: maps more, and returns what sticks out.
-fn map_aligned(len: usize) -> io::Result<NonNull<u8>> {
-    let total = len.checked_add(ARENA_LEN).ok_or(io::ErrorKind::OutOfMemory)?;
-    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-    // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no existing memory.
-    let base = unsafe { libc::mmap(ptr::null_mut(), total, prot, flags, -1, 0) };
-    if base == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    let base: *mut u8 = base.cast();
-    let head = base.align_offset(ARENA_LEN);
-    debug_assert!(head < ARENA_LEN);
-    // SAFETY: `head` and `len` are within the `total` bytes that were just mapped; what is unmapped is not used.
-    let start = unsafe {
-        let start = base.add(head);
-        if head > 0 {
-            libc::munmap(base.cast(), head);
-        }
-        libc::munmap(start.add(len).cast(), ARENA_LEN - head);
-        start
-    };
-    NonNull::new(start).ok_or_else(|| io::ErrorKind::OutOfMemory.into())
-}
-
 #[cfg(test)]
-#[path = "pool_tests.rs"]
 mod tests;

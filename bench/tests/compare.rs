@@ -1,0 +1,81 @@
+//! `bench compare`: the list, and the schema of its JSON.
+
+mod common;
+
+use common::{bench, uri};
+
+const KEYS: [&str; 12] = [
+    "metric",
+    "unit",
+    "ours",
+    "peer_name",
+    "peer",
+    "ratio",
+    "median",
+    "min",
+    "max",
+    "repeats",
+    "goal",
+    "pass",
+];
+
+#[test]
+fn the_list_names_every_metric_of_the_issues() {
+    let text = bench(["compare", "--list"]).ok().text();
+    let json = bench(["compare", "--list", "--json"]).ok().json();
+    for metric in [
+        "randread4k_qd32_vs_raw",
+        "seqwrite1m_vs_raw",
+        "seqread1m_vs_raw",
+        "mount_100k_vs_100_files",
+        "mount_8tib_vs_8gib",
+        "create_delete_per_s",
+    ] {
+        assert!(text.contains(metric), "{metric}");
+        let row = json.as_array().unwrap().iter().find(|row| row["metric"] == metric).unwrap();
+        assert!(row["unit"].is_string() && row["goal"].is_string() && row["description"].is_string());
+    }
+}
+
+#[test]
+fn a_row_has_exactly_the_keys_of_the_schema() {
+    let args = ["compare", "--device", "mem:128MiB", "--repeats", "3", "--seconds", "0.02", "--json"];
+    let only = ["--only", "seqwrite1m_vs_raw", "--only", "seqread1m_vs_raw"];
+    let json = bench(args.iter().chain(&only)).ok().json();
+    let rows = json.as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        let object = row.as_object().unwrap();
+        let mut keys: Vec<&str> = object.keys().map(String::as_str).collect();
+        let mut expected = KEYS.to_vec();
+        keys.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(keys, expected);
+        assert_eq!(row["repeats"], 3);
+        assert_eq!(row["unit"], "MiB/s");
+        let figure = |key: &str| row[key].as_f64().unwrap();
+        assert!(figure("min") <= figure("median") && figure("median") <= figure("max"));
+        // The goal is about the ratio, so the median is the ratio's.
+        assert_eq!(figure("median"), figure("ratio"));
+        assert!(figure("ours") > 0.0 && figure("peer") > 0.0);
+        assert_eq!(row["pass"].as_bool().unwrap(), figure("median") >= 0.6);
+    }
+}
+
+#[test]
+fn mount_time_of_a_huge_sparse_device_is_measured() {
+    let args =
+        ["compare", "--device", "mem:64MiB", "--repeats", "1", "--only", "mount_8tib_vs_8gib", "--json"];
+    let json = bench(args).ok().json();
+    assert!(json[0]["ratio"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn a_device_that_is_too_small_for_a_row_fails_that_row_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = format!("{}?size=128MiB", uri(dir.path()));
+    let base = ["compare", "--device", &device, "--repeats", "1", "--seconds", "0.01"];
+    let run = bench(base.iter().chain(&["--only", "randread4k_qd32_vs_raw", "--only", "seqwrite1m_vs_raw"]));
+    let text = run.failed(1, "2.0 GiB").text();
+    assert!(text.contains("seqwrite1m_vs_raw"), "{text}");
+}

@@ -1,0 +1,363 @@
+//! The reference model: what a filesystem is, without a device. Names lead to files, files are pages of bytes and a
+//! size, handles keep files that have lost their names.
+//!
+//! [`Reference::settle`] compares the outcome of an operation with what the model says and then does the operation in
+//! the model. It knows nothing of the filesystem's internals but two facts that users may rely on: a block that was
+//! written takes space until it is cut off, and an operation that had no space has changed nothing.
+
+use std::collections::{BTreeMap, HashSet};
+
+use fs_core::{FILE_SIZE_MAX, NAME_MAX, OpenFlags, Stat, StatFs};
+
+use super::op::{Answer, Handle, Kind, Op, Outcome, kind};
+use super::{BLOCK, check_statfs, difference, pattern};
+
+type Page = Box<[u8; BLOCK as usize]>;
+
+/// Content of a file.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub(crate) struct Content {
+    pub(crate) size: u64,
+    /// Blocks that were written, by number. What is missing is a hole.
+    pub(crate) pages: BTreeMap<u64, Page>,
+}
+
+impl Content {
+    /// The bytes that a read of `len` bytes at `offset` gives.
+    pub(crate) fn read(&self, offset: u64, len: usize) -> Vec<u8> {
+        let end = offset.saturating_add(len as u64).min(self.size);
+        let mut bytes = vec![0; end.saturating_sub(offset) as usize];
+        if bytes.is_empty() {
+            return bytes;
+        }
+        for (number, page) in self.pages.range(offset / BLOCK..end.div_ceil(BLOCK)) {
+            let start = number * BLOCK;
+            let (from, to) = (start.max(offset), (start + BLOCK).min(end));
+            bytes[(from - offset) as usize..(to - offset) as usize]
+                .copy_from_slice(&page[(from - start) as usize..(to - start) as usize]);
+        }
+        bytes
+    }
+
+    /// Writes `data` at `offset`.
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
+        let end = offset + data.len() as u64;
+        if data.is_empty() {
+            return;
+        }
+        for number in offset / BLOCK..end.div_ceil(BLOCK) {
+            let start = number * BLOCK;
+            let (from, to) = (start.max(offset), (start + BLOCK).min(end));
+            let page = self.pages.entry(number).or_insert_with(|| Box::new([0; BLOCK as usize]));
+            page[(from - start) as usize..(to - start) as usize]
+                .copy_from_slice(&data[(from - offset) as usize..(to - offset) as usize]);
+        }
+        self.size = self.size.max(end);
+    }
+
+    /// Sets the size.
+    pub(crate) fn truncate(&mut self, size: u64) {
+        self.pages.split_off(&size.div_ceil(BLOCK));
+        if let (Some(page), true) = (self.pages.get_mut(&(size / BLOCK)), size < self.size) {
+            page[(size % BLOCK) as usize..].fill(0);
+        }
+        self.size = size;
+    }
+
+    /// Runs of written blocks: first block and number.
+    pub(crate) fn runs(&self) -> Vec<(u64, u64)> {
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for number in self.pages.keys() {
+            match runs.last_mut() {
+                Some((first, len)) if *first + *len == *number => *len += 1,
+                _ => runs.push((*number, 1)),
+            }
+        }
+        runs
+    }
+}
+
+/// A file.
+#[derive(Clone, Default)]
+pub(crate) struct RefFile {
+    pub(crate) content: Content,
+    /// Version at the last look, and whether the file was changed since.
+    version: u64,
+    changed: bool,
+    named: bool,
+    handles: usize,
+}
+
+/// An open handle.
+#[derive(Clone, Copy)]
+pub(crate) struct RefHandle {
+    /// The id of its file.
+    pub(crate) file: u64,
+    pub(crate) read_only: bool,
+}
+
+/// The model; see the module documentation.
+#[derive(Default)]
+pub(crate) struct Reference {
+    pub(crate) names: BTreeMap<Vec<u8>, u64>,
+    /// By inode id.
+    pub(crate) files: BTreeMap<u64, RefFile>,
+    pub(crate) handles: BTreeMap<Handle, RefHandle>,
+    /// The mount is read-only.
+    pub(crate) read_only: bool,
+    /// Every id that was ever given out.
+    ids: HashSet<u64>,
+    /// Operations that found no space.
+    pub(crate) no_space: u64,
+}
+
+impl Reference {
+    /// The file behind a handle.
+    pub(crate) fn file(&self, handle: Handle) -> &RefFile {
+        &self.files[&self.handles[&handle].file]
+    }
+
+    fn file_mut(&mut self, handle: Handle) -> &mut RefFile {
+        let id = self.handles[&handle].file;
+        self.files.get_mut(&id).expect("a handle keeps its file")
+    }
+
+    /// Blocks that all files take.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.files.values().map(|file| file.content.pages.len() as u64).sum()
+    }
+
+    /// Everything is closed, as by an unmount; what has no name is gone.
+    pub(crate) fn close_all(&mut self) {
+        self.handles.clear();
+        self.files.retain(|_, file| file.named);
+        self.files.values_mut().for_each(|file| file.handles = 0);
+    }
+
+    // ---- what must be refused
+
+    fn name_error(name: &[u8]) -> Option<Kind> {
+        match name {
+            [] => Some(Kind::NameEmpty),
+            _ if name.len() > NAME_MAX => Some(Kind::NameTooLong),
+            _ if name.contains(&0) => Some(Kind::NameHasNul),
+            _ => None,
+        }
+    }
+
+    /// The errors of which the operation must end with one; empty: it must succeed (or find no space).
+    pub(crate) fn errors(&self, op: &Op) -> Vec<Kind> {
+        let mut errors = Vec::new();
+        if self.read_only && Self::changes(op) {
+            errors.push(Kind::ReadOnly);
+        }
+        let names: &[&[u8]] = match op {
+            Op::Create { name } | Op::Open { name, .. } | Op::Delete { name } | Op::Stat { name } => &[name],
+            Op::Rename { from, to } => &[from, to],
+            _ => &[],
+        };
+        errors.extend(names.iter().filter_map(|name| Self::name_error(name)));
+        if !errors.is_empty() {
+            return errors;
+        }
+        let missing = |name| !self.names.contains_key::<Vec<u8>>(name);
+        let error = match op {
+            Op::Create { name } => (!missing(name)).then_some(Kind::Exists),
+            Op::Open { name, flags, .. } if missing(name) => {
+                (!flags.contains(OpenFlags::CREATE)).then_some(Kind::NotFound)
+            }
+            Op::Open { flags, .. } => {
+                flags.contains(OpenFlags::CREATE | OpenFlags::EXCLUSIVE).then_some(Kind::Exists)
+            }
+            Op::Delete { name } | Op::Stat { name } | Op::Rename { from: name, .. } => {
+                missing(name).then_some(Kind::NotFound)
+            }
+            Op::Write { handle, offset, len, .. } => self.write_error(*handle, *offset, *len as u64),
+            Op::Append { handle, len, .. } => {
+                self.write_error(*handle, self.file(*handle).content.size, *len as u64)
+            }
+            Op::Truncate { handle, size } => self.write_error(*handle, 0, *size),
+            _ => None,
+        };
+        errors.extend(error);
+        errors
+    }
+
+    fn write_error(&self, handle: Handle, offset: u64, len: u64) -> Option<Kind> {
+        if self.handles[&handle].read_only {
+            return Some(Kind::ReadOnly);
+        }
+        let fits = offset.checked_add(len).is_some_and(|end| end <= FILE_SIZE_MAX);
+        (!fits).then_some(Kind::FileTooLarge)
+    }
+
+    fn changes(op: &Op) -> bool {
+        match op {
+            Op::Open { flags, .. } => {
+                flags.contains(OpenFlags::CREATE) || flags.contains(OpenFlags::TRUNCATE)
+            }
+            Op::Create { .. }
+            | Op::Delete { .. }
+            | Op::Rename { .. }
+            | Op::Write { .. }
+            | Op::Append { .. }
+            | Op::Truncate { .. } => true,
+            _ => false,
+        }
+    }
+
+    /// True when the operation may find no space.
+    fn uses_space(&self, op: &Op) -> bool {
+        match op {
+            Op::Create { .. } | Op::Rename { .. } | Op::Write { .. } | Op::Append { .. } => true,
+            Op::Open { name, .. } => !self.names.contains_key(name),
+            Op::Truncate { .. } => true,
+            _ => false,
+        }
+    }
+
+    // ---- what must come out
+
+    /// Compares `outcome` with what the model says, and does `op` in the model.
+    pub(crate) fn settle(&mut self, op: &Op, outcome: &Outcome) {
+        let errors = self.errors(op);
+        match outcome {
+            Err(error) if errors.contains(&kind(error)) => {}
+            Err(error) if errors.is_empty() && kind(error) == Kind::NoSpace && self.uses_space(op) => {
+                self.no_space += 1;
+            }
+            Err(error) => panic!("{op:?}: {error:?}, expected {errors:?} (empty: success)"),
+            Ok(answer) if errors.is_empty() => self.apply(op, answer),
+            Ok(answer) => panic!("{op:?}: {answer:?}, expected one of {errors:?}"),
+        }
+    }
+
+    fn apply(&mut self, op: &Op, answer: &Answer) {
+        match (op, answer) {
+            (Op::Create { name }, Answer::Created(id)) => self.add(name, *id),
+            (Op::Open { name, flags, handle }, Answer::Opened(file)) => {
+                self.opened(name, *flags, *handle, file);
+            }
+            (Op::Close { handle }, Answer::Done) => {
+                let file = self.handles.remove(handle).expect("only open handles are closed").file;
+                self.files.get_mut(&file).expect("a handle keeps its file").handles -= 1;
+                self.drop_if_unused(file);
+            }
+            (Op::Delete { name }, Answer::Done) => self.remove(name),
+            (Op::Rename { from, to }, Answer::Done) => {
+                if from != to {
+                    if self.names.contains_key(to) {
+                        self.remove(to);
+                    }
+                    let id = self.names.remove(from).expect("checked by errors()");
+                    self.names.insert(to.clone(), id);
+                }
+            }
+            (Op::List { prefix, after, max }, Answer::Entries(found)) => {
+                self.check_list(op, found, prefix, after.as_deref(), *max);
+            }
+            (Op::ListAll { prefix }, Answer::Entries(found)) => {
+                self.check_list(op, found, prefix, None, usize::MAX);
+            }
+            (Op::Stat { name }, Answer::Stat(stat)) => {
+                let id = self.names[name];
+                self.check_stat(op, id, stat);
+            }
+            (Op::StatFile { handle }, Answer::Stat(stat)) => {
+                self.check_stat(op, self.handles[handle].file, stat);
+            }
+            (Op::Read { handle, offset, len, .. }, Answer::Bytes(found)) => {
+                let expected = self.file(*handle).content.read(*offset, *len);
+                if let Some(why) = difference(found, &expected) {
+                    let size = self.file(*handle).content.size;
+                    panic!("{op:?} of file {} ({size} bytes): {why}", self.handles[handle].file);
+                }
+            }
+            (Op::Write { handle, offset, len, tag, .. }, Answer::Done) => {
+                let file = self.file_mut(*handle);
+                file.content.write(*offset, &pattern(*tag, *len));
+                file.changed |= *len > 0;
+            }
+            (Op::Append { handle, len, tag }, Answer::Offset(at)) => {
+                let file = self.file_mut(*handle);
+                assert_eq!(*at, file.content.size, "{op:?}: where an append went");
+                file.content.write(*at, &pattern(*tag, *len));
+                file.changed |= *len > 0;
+            }
+            (Op::Truncate { handle, size }, Answer::Done) => {
+                let file = self.file_mut(*handle);
+                file.changed |= file.content.size != *size;
+                file.content.truncate(*size);
+            }
+            (Op::SyncFile { .. } | Op::Sync, Answer::Done) => {}
+            (Op::StatFs, Answer::StatFs(statfs)) => self.check_statfs(statfs),
+            (op, answer) => panic!("{op:?} was answered with {answer:?}"),
+        }
+    }
+
+    fn add(&mut self, name: &[u8], id: u64) {
+        assert!(self.ids.insert(id), "inode id {id} was given out twice");
+        self.names.insert(name.to_vec(), id);
+        self.files.insert(id, RefFile { named: true, ..RefFile::default() });
+    }
+
+    fn opened(&mut self, name: &[u8], flags: OpenFlags, handle: Handle, found: &fs_core::File) {
+        let id = found.id().0;
+        match self.names.get(name) {
+            Some(expected) => assert_eq!(id, *expected, "the file that {name:?} leads to"),
+            None => self.add(name, id),
+        }
+        let file = self.files.get_mut(&id).expect("names lead to files");
+        file.handles += 1;
+        if flags.contains(OpenFlags::TRUNCATE) {
+            file.changed |= file.content.size > 0;
+            file.content.truncate(0);
+        }
+        self.handles.insert(handle, RefHandle { file: id, read_only: flags.contains(OpenFlags::READ_ONLY) });
+    }
+
+    fn remove(&mut self, name: &[u8]) {
+        let id = self.names.remove(name).expect("checked by errors()");
+        self.files.get_mut(&id).expect("names lead to files").named = false;
+        self.drop_if_unused(id);
+    }
+
+    fn drop_if_unused(&mut self, id: u64) {
+        if self.files.get(&id).is_some_and(|file| !file.named && file.handles == 0) {
+            self.files.remove(&id);
+        }
+    }
+
+    fn check_list(&self, op: &Op, found: &[(Vec<u8>, u64)], prefix: &[u8], after: Option<&[u8]>, max: usize) {
+        let all = self.names.iter().filter(|(name, _)| name.starts_with(prefix));
+        let wanted = all.filter(|(name, _)| after.is_none_or(|after| name.as_slice() > after)).take(max);
+        let expected: Vec<_> = wanted.map(|(name, id)| (name.clone(), *id)).collect();
+        assert_eq!(found, expected, "{op:?}");
+    }
+
+    /// Compares what the filesystem says of file `id`.
+    pub(crate) fn check_stat(&mut self, op: &Op, id: u64, stat: &Stat) {
+        let file = self.files.get_mut(&id).expect("names lead to files");
+        let blocks = file.content.pages.len() as u64;
+        assert_eq!(stat.id.0, id, "{op:?}");
+        assert_eq!(stat.size, file.content.size, "{op:?}: size of file {id}");
+        assert_eq!(stat.allocated_bytes, blocks * BLOCK, "{op:?}: space of file {id}: {stat:?}");
+        let extents = u64::from(blocks > 0)..=blocks;
+        assert!(extents.contains(&stat.extents), "{op:?}: {blocks} blocks in {} extents", stat.extents);
+        assert!(stat.modified >= stat.created, "{op:?}: {stat:?}");
+        if file.changed {
+            assert!(stat.version > file.version, "{op:?}: file {id} was changed: {stat:?}");
+        } else {
+            assert!(stat.version >= file.version, "{op:?}: version of file {id} went back: {stat:?}");
+        }
+        (file.version, file.changed) = (stat.version, false);
+    }
+
+    /// Compares what the filesystem says of itself.
+    pub(crate) fn check_statfs(&self, statfs: &StatFs) {
+        check_statfs(statfs);
+        assert_eq!(statfs.files, self.names.len() as u64, "files");
+        let least = self.blocks() * BLOCK;
+        assert!(statfs.used_bytes >= least, "{statfs:?}: the files alone take {least} bytes");
+    }
+}

@@ -1,0 +1,414 @@
+//! Generated operations against an in-memory reference that steps in lockstep: every answer, every error and in the end
+//! every byte must be equal, through all three forms of the API, over clean remounts, with little memory and with
+//! little space.
+//!
+//! `GAUR_OPS=1000000 cargo test --release -p fs-core --test model -- --nocapture` is the long form.
+
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod common;
+
+use std::sync::Arc;
+
+use bdev_adapter::Device;
+use bdev_adapter::wrap::counters::CountingDevice;
+use fs_core::{Error, Filesystem, MountOptions, OpenFlags};
+use rand::Rng;
+
+use common::driver::{Driver, Form};
+use common::footprint::Footprint;
+use common::generate::{Generator, Shape};
+use common::op::{Handle, Op};
+use common::reference::Reference;
+use common::{BLOCK, MIB, TestDevice, Watchdog, check_statfs, difference, fresh, quiet};
+
+/// A run of the model: a device, how it is mounted, and what is done.
+struct Scenario {
+    name: &'static str,
+    device_bytes: u64,
+    options: MountOptions,
+    shape: Shape,
+    /// Operations between remounts, about.
+    remount_every: usize,
+    /// Operations between deletions of everything, about; 0: never.
+    clear_every: usize,
+    /// Files that are made at first.
+    prefill: usize,
+    /// So many operations of a hundred are done.
+    share: usize,
+}
+
+/// What a run has done.
+#[derive(Default, Debug)]
+struct Tally {
+    operations: usize,
+    remounts: usize,
+    verified_bytes: u64,
+    no_space: u64,
+    peak_files: usize,
+    peak_blocks: u64,
+}
+
+/// A scenario that runs.
+struct Run {
+    /// Kept for its file.
+    _device: TestDevice,
+    counting: Arc<CountingDevice>,
+    scenario: Scenario,
+    reference: Reference,
+    generator: Generator,
+    tally: Tally,
+    /// Blocks used by a filesystem that was just made.
+    baseline: u64,
+}
+
+fn run(scenario: Scenario) {
+    let seed = common::seed(scenario.name);
+    let total = common::ops(20_000) * scenario.share / 100;
+    let _watchdog = Watchdog::start(scenario.name, seed, 120 + total as u64 / 500);
+    let device = TestDevice::new(scenario.device_bytes);
+    let counting = CountingDevice::wrap(Arc::clone(&device.device));
+    let generator = Generator::new(seed, scenario.shape.clone());
+    let reference = Reference::default();
+    let mut run = Run { _device: device, counting, scenario, reference, generator, tally: Tally::default(), baseline: 0 };
+    run.all(total);
+    println!("{}: {:?}", run.scenario.name, run.tally);
+}
+
+impl Run {
+    fn counting(&self) -> Arc<dyn Device> {
+        self.counting.clone()
+    }
+
+    fn all(&mut self, total: usize) {
+        let fs = fresh(&self.counting(), &self.scenario.options);
+        let mut driver = Driver::new(fs);
+        self.baseline = driver.channel.statfs().unwrap().used_bytes / BLOCK;
+        self.prefill(&mut driver);
+        while self.tally.operations < total {
+            self.round(&mut driver);
+            driver = match self.generator.rng.random_range(0..6) {
+                0 => {
+                    self.read_only_mount(driver);
+                    self.mount(false)
+                }
+                _ => {
+                    self.unmount(driver);
+                    self.mount(false)
+                }
+            };
+            self.verify_all(&driver);
+        }
+        self.delete_everything(&mut driver);
+        self.unmount(driver);
+        let driver = self.mount(false);
+        self.verify_all(&driver);
+        self.tally.no_space = self.reference.no_space;
+    }
+
+    /// Makes files, all in flight together.
+    fn prefill(&mut self, driver: &mut Driver) {
+        let names = self.scenario.shape.names.iter().take(self.scenario.prefill);
+        let ops: Vec<Op> = names.map(|name| Op::Create { name: name.clone() }).collect();
+        let (reference, rng) = (&mut self.reference, &mut self.generator.rng);
+        driver.run(Form::Submitted, &ops, rng, |index, outcome| reference.settle(&ops[index], outcome));
+        self.tally.operations += ops.len();
+    }
+
+    /// Operations until the next remount.
+    fn round(&mut self, driver: &mut Driver) {
+        self.generator.growing = self.generator.rng.random_ratio(3, 4);
+        let length = self.generator.rng.random_range(1..=2 * self.scenario.remount_every);
+        let end = self.tally.operations + length;
+        while self.tally.operations < end {
+            if self.scenario.clear_every > 0 && self.generator.one_in(self.scenario.clear_every as u32) {
+                self.delete_everything(driver);
+            }
+            self.step(driver);
+        }
+    }
+
+    /// One operation, or some that are in flight together.
+    fn step(&mut self, driver: &mut Driver) {
+        let form = match self.generator.rng.random_range(0..20) {
+            0 => Form::Futures,
+            1 => Form::Submitted,
+            _ => Form::Blocking,
+        };
+        let ops = match form {
+            Form::Blocking => vec![self.generator.op(&self.reference)],
+            _ => self.together(),
+        };
+        self.tally.operations += ops.len();
+        let (reference, rng) = (&mut self.reference, &mut self.generator.rng);
+        let no_space = reference.no_space;
+        driver.run(form, &ops, rng, |index, outcome| reference.settle(&ops[index], outcome));
+        if reference.no_space > no_space {
+            self.check_full(driver, &ops);
+        }
+        self.tally.peak_files = self.tally.peak_files.max(self.reference.files.len());
+        self.tally.peak_blocks = self.tally.peak_blocks.max(self.reference.blocks());
+    }
+
+    /// Operations that do not depend on each other.
+    fn together(&mut self) -> Vec<Op> {
+        let count = self.generator.rng.random_range(1..32);
+        let mut footprint = Footprint::default();
+        let mut ops = Vec::new();
+        for _ in 0..count {
+            let op = self.generator.op(&self.reference);
+            if op.is_asynchronous() && footprint.admit(&self.reference, &op) {
+                ops.push(op);
+            }
+        }
+        ops
+    }
+
+    /// Something found no space: then there was not much.
+    fn check_full(&mut self, driver: &mut Driver, ops: &[Op]) {
+        driver.channel.sync().unwrap();
+        let statfs = driver.channel.statfs().unwrap();
+        self.reference.check_statfs(&statfs);
+        let wanted: u64 = ops
+            .iter()
+            .map(|op| match op {
+                Op::Write { len, .. } | Op::Append { len, .. } => (*len as u64).div_ceil(BLOCK) + 2,
+                _ => 1,
+            })
+            .sum();
+        let most = (wanted + wanted / 32) * BLOCK + MIB;
+        assert!(statfs.free_bytes < most, "no space for {wanted} blocks in {ops:?}, but {statfs:?}");
+    }
+
+    // ---- unmount and mount
+
+    fn mount(&mut self, read_only: bool) -> Driver {
+        let options = MountOptions { read_only, ..self.scenario.options.clone() };
+        self.reference.close_all();
+        self.reference.read_only = read_only;
+        self.tally.remounts += 1;
+        Driver::new(Filesystem::mount(self.counting(), &options).unwrap())
+    }
+
+    /// Unmounts in one of the ways in which that can happen; files may be open.
+    fn unmount(&mut self, driver: Driver) {
+        let Driver { fs, channel, handles } = driver;
+        match self.generator.rng.random_range(0..4) {
+            0 => {
+                drop(handles);
+                drop(channel);
+                fs.unmount().unwrap();
+            }
+            1 => {
+                let clone = fs.clone();
+                fs.unmount().unwrap();
+                self.check_unmounted(&clone, &channel, handles.values().next());
+            }
+            2 => {
+                drop(fs);
+                drop(handles);
+                drop(channel);
+            }
+            _ => {
+                drop(channel);
+                drop(fs);
+                drop(handles);
+            }
+        }
+    }
+
+    fn check_unmounted(&self, fs: &Filesystem, channel: &fs_core::Channel, file: Option<&fs_core::File>) {
+        assert!(matches!(fs.channel(), Err(Error::Unmounted)));
+        assert!(matches!(channel.stat("a"), Err(Error::Unmounted)));
+        assert!(matches!(channel.statfs(), Err(Error::Unmounted)));
+        let Some(file) = file else { return };
+        assert!(matches!(channel.read(file, 0, &mut [0; 10]), Err(Error::Unmounted)));
+        assert!(matches!(channel.write(file, 0, &[0; 10]), Err(Error::Unmounted)));
+        let (result, buf) = channel.write_buf(file, 0, channel.buffer(4096).unwrap());
+        assert!(matches!(result, Err(Error::Unmounted)) && buf.len() == 4096);
+    }
+
+    /// A read-only mount refuses what changes something, shows the same content, and writes nothing.
+    fn read_only_mount(&mut self, driver: Driver) {
+        self.unmount(driver);
+        let before = self.counting.counts();
+        let mut driver = self.mount(true);
+        self.verify_all(&driver);
+        for _ in 0..30 {
+            self.step(&mut driver);
+        }
+        self.unmount(driver);
+        let after = self.counting.counts() - before;
+        let changes = (after.writes.ops, after.zeroes.ops, after.unmaps.ops);
+        assert_eq!(changes, (0, 0, 0), "a read-only mount wrote");
+    }
+
+    // ---- everything at once
+
+    /// Compares all names, and the files they lead to, with the reference.
+    fn verify_all(&mut self, driver: &Driver) {
+        let channel = &driver.channel;
+        self.reference.check_statfs(&channel.statfs().unwrap());
+        let found: Vec<_> = channel.list("").map(|entry| entry.unwrap()).map(|e| (e.name, e.id.0)).collect();
+        let expected: Vec<_> = self.reference.names.iter().map(|(name, id)| (name.clone(), *id)).collect();
+        assert_eq!(found, expected);
+        for (name, id) in expected {
+            let op = Op::Stat { name };
+            let Op::Stat { name } = &op else { unreachable!() };
+            self.reference.check_stat(&op, id, &channel.stat(name).unwrap());
+            let file = channel.open(name, OpenFlags::READ_ONLY).unwrap();
+            self.verify_file(channel, &file, id);
+            channel.close(file).unwrap();
+        }
+    }
+
+    /// Compares the bytes of a file: what was written, with some of the holes around it.
+    fn verify_file(&mut self, channel: &fs_core::Channel, file: &fs_core::File, id: u64) {
+        let content = &self.reference.files[&id].content;
+        let mut verified = 0;
+        let mut ranges: Vec<(u64, u64)> = content
+            .runs()
+            .into_iter()
+            .map(|(first, len)| (first.saturating_sub(2) * BLOCK, (first + len + 2) * BLOCK))
+            .collect();
+        ranges.push((content.size.saturating_sub(5000), content.size + 5000));
+        let mut buf = Vec::new();
+        for (from, to) in ranges {
+            buf.resize((to - from) as usize, 0xEE);
+            let there = channel.read(file, from, &mut buf).unwrap();
+            let expected = content.read(from, buf.len());
+            if let Some(why) = difference(&buf[..there], &expected) {
+                panic!("file {id} ({} bytes), from byte {from}: {why}", content.size);
+            }
+            verified += there as u64;
+        }
+        self.tally.verified_bytes += verified;
+    }
+
+    /// Deletes all files; what they took must come back, but for the checksums of freed blocks and the like.
+    fn delete_everything(&mut self, driver: &mut Driver) {
+        let handles: Vec<Handle> = self.reference.handles.keys().copied().collect();
+        let names: Vec<Vec<u8>> = self.reference.names.keys().cloned().collect();
+        let close = handles.into_iter().map(|handle| Op::Close { handle });
+        let delete = names.into_iter().map(|name| Op::Delete { name });
+        for op in close.chain(delete).collect::<Vec<_>>() {
+            let outcome = driver.blocking(&op);
+            self.reference.settle(&op, &outcome);
+        }
+        for _ in 0..2 {
+            driver.channel.sync().unwrap();
+        }
+        let statfs = driver.channel.statfs().unwrap();
+        check_statfs(&statfs);
+        let used = statfs.used_bytes / BLOCK;
+        // Nodes of the checksum and space trees may stay, half empty at worst.
+        let band = self.baseline + 16 + statfs.total_bytes / BLOCK / 256;
+        assert!(used <= band, "{used} blocks are used after everything was deleted; at first {}", self.baseline);
+    }
+}
+
+#[test]
+fn few_names() {
+    run(Scenario {
+        name: "few_names",
+        device_bytes: 256 * MIB,
+        options: quiet(),
+        shape: Shape::few_names(),
+        remount_every: 400,
+        clear_every: 5000,
+        prefill: 0,
+        share: 30,
+    });
+}
+
+/// The helper thread commits on its own; files of some MiB.
+#[test]
+fn with_helper() {
+    run(Scenario {
+        name: "with_helper",
+        device_bytes: 512 * MIB,
+        options: MountOptions {
+            commit_interval: Some(std::time::Duration::from_millis(30)),
+            ..MountOptions::default()
+        },
+        shape: Shape { file_bytes: 4 << 20, io_bytes: 3 << 20, ..Shape::few_names() },
+        remount_every: 300,
+        clear_every: 3000,
+        prefill: 0,
+        share: 10,
+    });
+}
+
+/// Names, inodes and extents do not fit into memory.
+#[test]
+fn metadata_exceeds_the_cache() {
+    run(Scenario {
+        name: "metadata_exceeds_the_cache",
+        device_bytes: 512 * MIB,
+        options: MountOptions { node_cache_bytes: 64 << 10, checksum_cache_bytes: 16 << 10, ..quiet() },
+        shape: Shape::many_names(6000),
+        remount_every: 1500,
+        clear_every: 50_000,
+        prefill: 2000,
+        share: 25,
+    });
+}
+
+/// Files of thousands of extents, which are cut and deleted in steps.
+#[test]
+fn fragmented_files() {
+    run(Scenario {
+        name: "fragmented_files",
+        device_bytes: 256 * MIB,
+        options: MountOptions { node_cache_bytes: 256 << 10, checksum_cache_bytes: 16 << 10, ..quiet() },
+        shape: Shape {
+            names: ["x", "y", "z"].map(|name| name.into()).into(),
+            file_bytes: 32 << 20,
+            io_bytes: 8 << 10,
+            handles: 4,
+            names_permille: 20,
+            ..Shape::few_names()
+        },
+        remount_every: 1000,
+        clear_every: 20_000,
+        prefill: 0,
+        share: 15,
+    });
+}
+
+/// The device is full most of the time.
+#[test]
+fn full_device() {
+    run(Scenario {
+        name: "full_device",
+        device_bytes: 16 * MIB,
+        options: quiet(),
+        shape: Shape { file_bytes: 6 << 20, long_percent: 15, sparse_one_in: 100, ..Shape::few_names() },
+        remount_every: 300,
+        clear_every: 1500,
+        prefill: 0,
+        share: 10,
+    });
+}
+
+/// The same with little memory, many files and large writes.
+#[test]
+fn full_device_many_files() {
+    run(Scenario {
+        name: "full_device_many_files",
+        device_bytes: 24 * MIB,
+        options: MountOptions { node_cache_bytes: 128 << 10, ..quiet() },
+        shape: Shape {
+            file_bytes: 2 << 20,
+            io_bytes: 3 << 20,
+            long_percent: 10,
+            sync_permille: 2,
+            names_permille: 300,
+            ..Shape::many_names(400)
+        },
+        remount_every: 500,
+        clear_every: 3000,
+        prefill: 100,
+        share: 10,
+    });
+}

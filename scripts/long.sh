@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The long forms of the randomised tests of fs-core: optimised, with assertions on.
+#
+#   scripts/long.sh [FILTER]   only tests whose name contains FILTER
+#
+#   GAUR_STEPS=N               operations of each run (default here 1000000; the tests' own defaults are a few thousand)
+#   GAUR_SEED=N                replay a run
+
+set -uo pipefail
+export LC_ALL=C
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+have cargo || die "cargo is not on PATH" "install Rust 1.89 or later, with rustup for example"
+export GAUR_STEPS="${GAUR_STEPS:-1000000}"
+# Long tests are not hung tests.
+export GAUR_STEP_TIMEOUT="${GAUR_STEP_TIMEOUT:-86400}"
+begin_steps long-logs
+# A build directory of its own, so that the next `make test` does not build everything again.
+step "long forms, $GAUR_STEPS steps" env CARGO_TARGET_DIR="$(target_dir)/long" CARGO_PROFILE_TEST_OPT_LEVEL=3 \
+  cargo test --locked --no-fail-fast -p fs-core --tests --lib -- --include-ignored --nocapture "$@"
+finish_steps
