@@ -5,7 +5,7 @@
 #   leading `//!` comment);
 # - every link to a file leads to one;
 # - docs/architecture.md names every module of fs-core, and docs/on-disk-format.md every field of the superblock and of a
-#   node's header.
+#   node's header; the tests that architecture.md names exist.
 
 set -euo pipefail
 export LC_ALL=C
@@ -69,6 +69,13 @@ done
 check_names docs/on-disk-format.md fs-core/src/superblock.rs \
   '/^pub\(crate\) struct OnDisk/,/^}/ s/^ +pub\(crate\) ([a-z_]+): .*/\1/p'
 check_names docs/on-disk-format.md fs-core/src/tree/node.rs '/^pub\(super\) struct Header/,/^}/ s/^ +pub\(super\) ([a-z_]+): .*/\1/p'
+
+# What looks like the name of a test, in backquotes, is one.
+# shellcheck disable=SC2016 # backquotes as such
+while read -r name; do
+  grep -rqE "fn $name\\b" --include='*.rs' fs-core bdev-adapter bench spdk-sys ||
+    complain "docs/architecture.md names the test $name, which does not exist"
+done < <(grep -oE '`[a-z0-9]+(_[a-z0-9]+){3,}`' docs/architecture.md | tr -d '`' | sort -u)
 
 if [ "$BAD" -eq 0 ]; then echo "the documents are in step with the code"; fi
 exit "$BAD"

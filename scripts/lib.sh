@@ -34,6 +34,14 @@ RESULTS=()
 TIMES=()
 NOTES=()
 FAILED=0
+CHILD=
+
+interrupted() {
+  if [ -n "$CHILD" ]; then kill -TERM -- "-$CHILD" 2>/dev/null || kill -TERM "$CHILD" 2>/dev/null; fi
+  printf '\ninterrupted\n'
+  exit 130
+}
+trap interrupted INT TERM
 
 # Logs go to a new directory. One run at a time uses it.
 begin_steps() {
@@ -55,9 +63,15 @@ step() {
   shift
   log="$LOGS/$(printf '%02d' "${#NAMES[@]}")-$(printf '%s' "$name" | tr -cs 'A-Za-z0-9' '-').log"
   printf '\n=== %s\n' "$name"
-  # The limit is for hangs, not for slow machines.
-  timeout --kill-after=10 "${GAUR_STEP_TIMEOUT:-3600}" "$@" </dev/null > >(tee "$log") 2>&1 || status=$?
-  wait $! 2>/dev/null || true
+  : >"$log"
+  # The limit is for hangs, not for slow machines. In the background, so that a signal can end it: timeout leads a process
+  # group of its own.
+  timeout --kill-after=10 "${GAUR_STEP_TIMEOUT:-3600}" "$@" </dev/null >"$log" 2>&1 &
+  CHILD=$!
+  tail -n +1 -f -s 0.1 --pid="$CHILD" "$log" 2>/dev/null &
+  wait "$CHILD" || status=$?
+  CHILD=
+  wait
   case "$status" in
     0) record "$name" ok $((SECONDS - began)) ;;
     124 | 137) FAILED=$((FAILED + 1)) && record "$name" FAILED $((SECONDS - began)) "stopped after ${GAUR_STEP_TIMEOUT:-3600} s; $log" ;;
@@ -124,13 +138,11 @@ finish_steps() {
 # ---------------------------------------------------------------------------------------------------------------------
 # Tools and SPDK
 
-# The last line of the log of the step that has just run, for a reason.
-last_line() { grep -v '^[[:space:]]*$' "$(ls -t "$LOGS"/*.log | head -n 1)" | tail -n 1 | cut -c1-200; }
-
 # Huge pages of 2 MiB for one SPDK process with a malloc bdev of 2 GiB: the bdev, SPDK's own pools, our buffers.
 # (What the messages of bdev-adapter and scripts/spdk.sh suggest too.)
-HUGE_PAGES=1536
 # shellcheck disable=SC2034 # used by the scripts that source this
+HUGE_PAGES=1536
+# shellcheck disable=SC2034 # the same
 SPDK_DEVICE='spdk-bdev:Malloc0?config=scripts/spdk-malloc.json'
 
 # True when spdk-sys will find an SPDK; see spdk-sys/build.rs, which looks in this order.

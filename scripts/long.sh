@@ -3,8 +3,10 @@
 #
 #   scripts/long.sh [FILTER]   only tests whose name contains FILTER
 #
-#   GAUR_STEPS=N               operations of each run (default here 1000000; the tests' own defaults are a few thousand)
-#   GAUR_SEED=N                replay a run
+#   GAUR_OPS=N       operations of the model test (default here 1000000)
+#   GAUR_STEPS=N     steps of the models of trees and allocator (default here 300000)
+#   GAUR_CRASHES=N   crash states that the crash test tries (default here 10000)
+#   GAUR_SEED=N      replay a run
 
 set -uo pipefail
 export LC_ALL=C
@@ -12,11 +14,11 @@ export LC_ALL=C
 . "$(dirname "$0")/lib.sh"
 
 have cargo || die "cargo is not on PATH" "install Rust 1.89 or later, with rustup for example"
-export GAUR_STEPS="${GAUR_STEPS:-1000000}"
+export GAUR_OPS="${GAUR_OPS:-1000000}" GAUR_STEPS="${GAUR_STEPS:-300000}" GAUR_CRASHES="${GAUR_CRASHES:-10000}"
 # Long tests are not hung tests.
-export GAUR_STEP_TIMEOUT="${GAUR_STEP_TIMEOUT:-86400}"
+export GAUR_STEP_TIMEOUT="${GAUR_STEP_TIMEOUT:-86400}" GAUR_TIME_LIMIT="${GAUR_TIME_LIMIT:-86400}"
 begin_steps long-logs
 # A build directory of its own, so that the next `make test` does not build everything again.
-step "long forms, $GAUR_STEPS steps" env CARGO_TARGET_DIR="$(target_dir)/long" CARGO_PROFILE_TEST_OPT_LEVEL=3 \
+step "long forms" env CARGO_TARGET_DIR="$(target_dir)/long" CARGO_PROFILE_TEST_OPT_LEVEL=3 \
   cargo test --locked --no-fail-fast -p fs-core --tests --lib -- --include-ignored --nocapture "$@"
 finish_steps

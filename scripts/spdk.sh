@@ -21,7 +21,7 @@ export LC_ALL=C
 
 readonly SPDK_RELEASE=20.07
 # Counts changes to how SPDK is built or laid out. A prefix with another stamp is built again.
-readonly RECIPE=1
+readonly RECIPE=2
 # The Debian suite whose `ceph` source package is used. (The mirrors no longer have bookworm's.)
 readonly SUITE=trixie
 readonly SOURCE_PACKAGE=ceph
@@ -38,7 +38,7 @@ readonly PACKAGES=(
   libaio-dev liburing-dev libnuma-dev uuid-dev libssl-dev libfuse3-dev libclang-dev
 )
 readonly TEST_PROGRAMS=(test/bdev/bdevperf test/blobfs/mkfs test/blobfs/fuse)
-readonly DISK_MIB_NEEDED=1500
+readonly DISK_MIB_NEEDED=1000
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Talking
@@ -277,18 +277,21 @@ install_prefix() {
     [ -x "$WORK/src/$program" ] || die "SPDK's build left no $program" "log: $LOG"
     install -m 755 "$WORK/src/$program" "$root/bin/$name"
   done <<-'LIST'
+	build/bin/nvmf_tgt nvmf_tgt
 	test/bdev/bdevperf/bdevperf bdevperf
-	build/examples/perf perf
-	build/examples/identify identify
 	test/blobfs/mkfs/mkfs blobfs_mkfs
 	test/blobfs/fuse/fuse blobfs_fuse
 	LIST
+  # Installed under other names than SPDK's documentation uses.
+  ln -sf spdk_nvme_perf "$root/bin/perf"
+  ln -sf spdk_nvme_identify "$root/bin/identify"
   # SPDK and DPDK are BSD-licensed; their terms stay with the binaries.
   install -m 644 "$WORK/src/LICENSE" "$root/LICENSE.spdk"
   install -m 644 "$WORK/src/dpdk/license/README" "$root/LICENSE.dpdk"
   { printf '%s\n' "$STAMP"; manifest "$root"; } >"$stage/stamp"
   mv "$stage/stamp" "$root/gaur-stamp"
-  rm -rf "$PREFIX"
+  rm -rf "$WORK/old"
+  if [ -e "$PREFIX" ]; then mv "$PREFIX" "$WORK/old"; fi
   mv "$root" "$PREFIX"
 }
 
@@ -305,7 +308,7 @@ try_it() {
 check_room() {
   local free_mib
   free_mib="$(df -Pm "$CACHE" | awk 'NR == 2 { print $4 }')"
-  note "needs $DISK_MIB_NEEDED MiB while it builds ($free_mib MiB free), keeps some 250; downloads 160 MB;"
+  note "needs $DISK_MIB_NEEDED MiB while it builds ($free_mib MiB free) and keeps 60 of them; downloads 160 MB;"
   note "takes about two minutes on two cores. Log: $LOG"
   [ "$free_mib" -ge "$DISK_MIB_NEEDED" ] || die "not enough room at $CACHE: $free_mib MiB free" \
     "make room, or set XDG_CACHE_HOME to a directory on a larger disk"

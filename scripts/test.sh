@@ -17,7 +17,8 @@ export LC_ALL=C
 . "$(dirname "$0")/lib.sh"
 
 readonly DENY_VERSION=0.20.2
-readonly DENY_ROOT="$(cache_dir)/tools/cargo-deny-$DENY_VERSION"
+DENY_ROOT="$(cache_dir)/tools/cargo-deny-$DENY_VERSION"
+readonly DENY_ROOT
 # A part of a real tree, so that the demo takes seconds in a build with debug assertions.
 readonly DEMO=(demo --max-files 400 --max-bytes 48MiB --probe-time 300ms)
 

@@ -9,3 +9,15 @@ pub(crate) fn seed() -> u64 {
     println!("GAUR_SEED={seed}");
     seed
 }
+
+/// Ends the process when its tests take so long that one must hang. Call it where a test may wait for a device.
+pub(crate) fn limit_time() {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        std::thread::spawn(|| {
+            std::thread::sleep(std::time::Duration::from_secs(300));
+            eprintln!("a test hangs: not done after 300 s");
+            std::process::abort();
+        });
+    });
+}

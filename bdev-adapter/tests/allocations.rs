@@ -73,6 +73,12 @@ fn round(queue_pair: &mut dyn QueuePair, round: u64, idle: &mut Vec<Segments>, d
 }
 
 fn check(device: Arc<dyn Device>) {
+    std::thread::spawn(|| {
+        // The process ends long before, unless a request is never answered.
+        std::thread::sleep(Duration::from_secs(120));
+        eprintln!("a request hangs");
+        std::process::abort();
+    });
     let source = device.dma();
     let mut queue_pair = Arc::clone(&device).queue_pair().unwrap();
     let buf = |len| DmaBuf::new(&source, len).unwrap();

@@ -1,5 +1,6 @@
 //! Devices and mounts of a command.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use bdev_adapter::{Device, DmaBuf, OpenOptions};
@@ -14,6 +15,20 @@ pub(crate) struct DeviceArg {
     /// Device: file:PATH[?size=1GiB], mem:SIZE or, when built with SPDK, spdk-bdev:NAME?config=FILE
     #[arg(long, short = 'd', value_name = "URI")]
     pub(crate) device: String,
+}
+
+/// The URI of the device in the file `path`.
+pub(crate) fn file_uri(path: &Path) -> String {
+    let mut uri = "file:".to_owned();
+    for character in path.to_string_lossy().chars() {
+        match character {
+            '%' => uri.push_str("%25"),
+            '?' => uri.push_str("%3F"),
+            '&' => uri.push_str("%26"),
+            other => uri.push(other),
+        }
+    }
+    uri
 }
 
 /// What a command wants to do with a device.

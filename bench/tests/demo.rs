@@ -84,6 +84,22 @@ fn other_seeds_do_other_things_and_limits_hold() {
 }
 
 #[test]
+fn a_device_that_fails_ends_the_demo_with_a_message() {
+    let dir = tempfile::tempdir().unwrap();
+    make_tree(dir.path());
+    let import = dir.path().to_str().unwrap();
+    for fault in ["write_error_nth=200", "read_error_nth=100", "gone_after=400"] {
+        let device = format!("fault:{fault}/mem:256MiB");
+        let run = bench(["demo", "--device", &device, "--import", import, "--probe-time", "20ms"]);
+        run.failed(1, "error: ");
+    }
+    // A write that the device swallowed is found at the latest when its block is read back.
+    let device = "fault:lost_write_nth=100/mem:256MiB";
+    let run = bench(["demo", "--device", device, "--import", import, "--probe-time", "20ms"]);
+    assert_eq!(run.code, 1, "{}\n{}", run.text(), run.stderr);
+}
+
+#[test]
 fn nothing_to_import_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     let import = dir.path().to_str().unwrap();

@@ -164,6 +164,17 @@ impl ChecksumCache {
         }
     }
 
+    /// The second step after [`ChecksumCache::prefetch`], once that has arrived: asks for the checksum itself.
+    #[inline]
+    pub(crate) fn prefetch_sum(&self, addr: BlockAddr) {
+        let (chunk, block) = (addr.0 / CHUNK as u64, (addr.0 % CHUNK as u64) as usize);
+        if let Some((bucket, way)) =
+            self.bucket(chunk).and_then(|bucket| Some((bucket, bucket.way_of(chunk)?)))
+        {
+            prefetch_read(&bucket.sums[way].0[block]);
+        }
+    }
+
     /// Stores the checksums of freshly written blocks from `addr` on, in place of what was there.
     pub(crate) fn insert(&self, addr: BlockAddr, sums: &[u32]) {
         self.store(addr, sums, true);
@@ -260,6 +271,8 @@ impl Bucket {
             }
             let way = self.way_of(chunk);
             let mut present = 0;
+            #[cfg(test)]
+            tests::between_search_and_copy();
             if let Some(way) = way {
                 present = self.present[way].load(Ordering::Relaxed);
                 for (to, from) in sums.iter_mut().zip(&self.sums[way].0[first..]) {

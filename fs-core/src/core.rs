@@ -182,7 +182,7 @@ impl Core {
             node_cache_bytes: cache.bytes as u64,
             dirty_nodes: cache.dirty as u64,
             extent_map_bytes: meta.open.values().map(|file| file.map.memory_bytes()).sum(),
-            checksum_cache_bytes: self.checksums.memory_bytes() as u64,
+            checksum_cache_bytes: self.checksums.memory_bytes(),
             ..self.stats.snapshot()
         }
     }

@@ -7,7 +7,7 @@
 //! Lock order: range lock, then the metadata lock, then the inode mutex.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32};
 
 use parking_lot::Mutex;
 
@@ -34,7 +34,7 @@ pub(crate) struct FileInner {
     /// The inode as the next commit will store it. Changed only under the metadata lock.
     pub(crate) inode: Mutex<Inode>,
     pub(crate) name: Mutex<Vec<u8>>,
-    /// Handles. Changed only under the metadata lock, except that clones add to it.
+    /// Handles. Grows only under the metadata lock.
     pub(crate) handles: AtomicU32,
     /// It has no name any more. Changed only under the metadata lock.
     pub(crate) unlinked: AtomicBool,
@@ -66,65 +66,62 @@ impl FileInner {
     }
 }
 
-/// A handle on an open file. Clones are handles too; the file is closed when the last is dropped. `Send` and `Sync`:
+/// A handle on an open file. Clones share it; the file is closed when the last of them is dropped. `Send` and `Sync`:
 /// any thread may use it with a channel of its own.
-pub struct File {
+#[derive(Clone)]
+pub struct File(Arc<Handle>);
+
+/// What the clones of a handle share; the file is closed when it goes.
+struct Handle {
     inner: Arc<FileInner>,
     core: Arc<Core>,
     read_only: bool,
 }
 
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.core.release_handle(&self.inner);
+    }
+}
+
 impl File {
-    /// A new handle; the caller holds the metadata lock and has counted it.
+    /// A new handle; the caller has counted it under the metadata lock.
     pub(crate) fn new(core: &Arc<Core>, inner: Arc<FileInner>, read_only: bool) -> File {
-        File { inner, core: Arc::clone(core), read_only }
+        File(Arc::new(Handle { inner, core: Arc::clone(core), read_only }))
     }
 
     pub(crate) fn inner(&self) -> &Arc<FileInner> {
-        &self.inner
+        &self.0.inner
     }
 
     pub(crate) fn check_writable(&self) -> Result<()> {
-        if self.read_only {
+        if self.0.read_only {
             let name = String::from_utf8_lossy(&self.name()).into_owned();
             return Err(Error::ReadOnly { why: format!("'{name}' was opened read-only") });
         }
-        self.core.check_writable()
+        self.0.core.check_writable()
     }
 
     /// Identity of the file; never reused.
     pub fn id(&self) -> InodeId {
-        self.inner.id
+        self.inner().id
     }
 
     /// Size in bytes, as readers see it now.
     pub fn size(&self) -> u64 {
-        self.inner.size()
+        self.inner().size()
     }
 
     /// The name by which the file was opened, or that it was renamed to since.
     pub fn name(&self) -> Vec<u8> {
-        self.inner.name.lock().clone()
-    }
-}
-
-impl Clone for File {
-    fn clone(&self) -> File {
-        self.inner.handles.fetch_add(1, Ordering::Relaxed);
-        File { inner: Arc::clone(&self.inner), core: Arc::clone(&self.core), read_only: self.read_only }
-    }
-}
-
-impl Drop for File {
-    fn drop(&mut self) {
-        self.core.release_handle(&self.inner);
+        self.inner().name.lock().clone()
     }
 }
 
 impl std::fmt::Debug for File {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("File")
-            .field("id", &self.inner.id)
+            .field("id", &self.inner().id)
             .field("name", &String::from_utf8_lossy(&self.name()))
             .finish_non_exhaustive()
     }

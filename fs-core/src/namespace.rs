@@ -146,6 +146,7 @@ pub(crate) async fn rename(core: &Arc<Core>, io: &Io, from: &[u8], to: &[u8]) ->
 }
 
 /// A file that is about to lose its name.
+#[allow(clippy::large_enum_variant, reason = "lives on the stack of one transaction")]
 enum Victim {
     /// Nobody has it open and it is small: it goes at once.
     Now { id: InodeId, extents: Option<extents::Replacement> },

@@ -133,7 +133,7 @@ const _: () = {
 
 /// The slots that generation `generation` is written to, in the order of writing.
 pub(crate) fn slots_of(generation: Generation) -> [usize; 2] {
-    if generation.0 % 2 == 0 { [0, 3] } else { [1, 2] }
+    if generation.0.is_multiple_of(2) { [0, 3] } else { [1, 2] }
 }
 
 /// Byte address of slot `slot` in an address space of `total_blocks`.

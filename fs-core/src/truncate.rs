@@ -1,22 +1,26 @@
 //! Truncate, and the slow end of delete.
 //!
-//! Growing changes the size only: what is added is a hole. Shrinking first rewrites the last block with zeroes behind the new
-//! end (so that growing again shows zeroes), then, in one transaction, sets the size, lets readers see a hole, and drops
-//! extents. When there are too many for one transaction, the file is listed as an orphan with work left, and the rest
-//! goes in steps of [`STEP`] records; a crash in between leaves the entry, and the next mount goes on.
+//! Growing changes the size only: what is added is a hole. Shrinking first writes a copy of the last block with zeroes behind
+//! the new end (so that growing again shows zeroes), then, in one transaction, sets the size, lets readers see that block and a
+//! hole behind it, and drops extents. When there are too many for one transaction, the file is listed as an orphan with work
+//! left, and the rest goes in steps of [`STEP`] records; a crash in between leaves the entry, and the next mount goes on.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+use smallvec::{SmallVec, smallvec};
 
 use crate::channel::io::Io;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_BLOCKS_MAX, FILE_SIZE_MAX, File, FileInner};
 use crate::range_lock::Mode;
+use crate::records::extents::{Extent, Replacement};
 use crate::records::orphans::{self, Work};
 use crate::records::{extents, inodes};
-use crate::txn::transact;
+use crate::txn::{Stop, Txn, transact};
 use crate::types::{BLOCK_SIZE, FileBlock, InodeId};
+use crate::write::Stored;
 use crate::{pieces, read, write};
 
 /// Extent records dropped in one transaction.
@@ -39,25 +43,31 @@ pub(crate) async fn truncate_inner(core: &Arc<Core>, io: &Io, file: &Arc<FileInn
     if size == old {
         return Ok(());
     }
-    if size < old && size % BLOCK_SIZE as u64 != 0 {
-        zero_behind(core, io, file, size).await?;
-    }
+    let tail = if size < old { zeroed_tail(core, io, file, size).await? } else { None };
     let kept = FileBlock::at_or_after(size);
     let more = transact(core, io, |t| {
         let beyond = if size < old { extents::last_beyond(t, file.id, kept, STEP + 1)? } else { Default::default() };
         let more = beyond.len() > STEP;
         let dropped = &beyond[beyond.len().saturating_sub(STEP)..];
-        let plan = extents::plan(t, file.id, (kept, FileBlock(FILE_BLOCKS_MAX)), dropped, &[])?;
+        let new_tail = tail.as_ref().map_or(Default::default(), |tail| tail.records(t.generation()));
+        let plans = plan(t, file.id, kept, dropped, &new_tail)?;
         if more {
             orphans::touch(t, file.id)?;
         }
-        t.ready(plan.len() + 1)?;
+        t.ready(plans.iter().map(Replacement::len).sum::<usize>() + 1)?;
         if size < old {
             file.map.truncate(size);
         } else {
             file.map.set_size(size);
         }
-        plan.apply(t)?;
+        let published = tail.as_ref().map(|tail| (tail, pieces::publish(&file.map, &new_tail, None)));
+        for plan in &plans {
+            plan.apply(t)?;
+        }
+        if let Some((tail, published)) = published {
+            published.unpin(&file.map, &core.checksums);
+            t.published(tail.runs());
+        }
         pieces::forget_from(&file.map, kept);
         // A file that has lost its name is listed already, for more than this.
         if more && !file.unlinked.load(Ordering::Relaxed) {
@@ -65,29 +75,58 @@ pub(crate) async fn truncate_inner(core: &Arc<Core>, io: &Io, file: &Arc<FileInn
         }
         t.change_inode(file, |inode| {
             inode.size = size;
-            inode.extents = inode.extents.wrapping_add_signed(plan.extents);
-            inode.blocks = inode.blocks.wrapping_add_signed(plan.blocks);
+            for plan in &plans {
+                inode.extents = inode.extents.wrapping_add_signed(plan.extents);
+                inode.blocks = inode.blocks.wrapping_add_signed(plan.blocks);
+            }
         });
         Ok(more)
     })
     .await?;
+    if let Some(tail) = tail {
+        tail.finish();
+    }
     if more {
         while drop_step(core, io, file.id, Some(file), kept, Work::Truncate).await? {}
     }
     Ok(())
 }
 
-/// Rewrites the block that contains byte `size` with zeroes from there on.
-async fn zero_behind(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, size: u64) -> Result<()> {
+/// Plans to drop `dropped`, records that reach beyond block `kept`, and to let the block before `kept` be `tail`, if there is one.
+fn plan(
+    t: &mut Txn<'_>,
+    id: InodeId,
+    kept: FileBlock,
+    dropped: &[Extent],
+    tail: &[Extent],
+) -> Result<SmallVec<[Replacement; 2]>, Stop> {
+    let beyond = (kept, FileBlock(FILE_BLOCKS_MAX));
+    let Some(at) = tail.first().map(|tail| tail.at) else {
+        return Ok(smallvec![extents::plan(t, id, beyond, dropped, &[])?]);
+    };
+    let old = extents::overlapping(t, id, at, kept, usize::MAX)?;
+    // One record may hold the tail's block and reach beyond it: it must be cut once, not twice.
+    if old.last().is_some_and(|old| dropped.first().is_some_and(|first| first.at == old.at)) {
+        return Ok(smallvec![extents::plan(t, id, (at, beyond.1), dropped, tail)?]);
+    }
+    Ok(smallvec![extents::plan(t, id, (at, kept), &old, tail)?, extents::plan(t, id, beyond, dropped, &[])?])
+}
+
+/// The block that contains byte `size` with zeroes from there on, on the device; none if it is zero there already.
+async fn zeroed_tail(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, size: u64) -> Result<Option<Stored>> {
+    let keep = (size % BLOCK_SIZE as u64) as usize;
+    if keep == 0 {
+        return Ok(None);
+    }
     let block = FileBlock::containing(size);
     let (result, mut buf) = read::read_blocks(core, io, file, block, io.buffer(BLOCK_SIZE)?).await;
     result?;
-    let keep = (size % BLOCK_SIZE as u64) as usize;
     if buf[keep..].iter().all(|byte| *byte == 0) {
-        return Ok(());
+        return Ok(None);
     }
     buf[keep..].fill(0);
-    write::write_blocks(core, io, file, block, buf, 0).await.0
+    let ordered = write::allocate(core, io, 1).await?;
+    write::store(core, io, block, ordered, buf, size).await.0.map(Some)
 }
 
 /// Drops up to [`STEP`] records of file `id` from its end down to block `kept`. True when there may be more; when there are none,

@@ -190,6 +190,7 @@ async fn transact_after<T>(
     loop {
         let stop = {
             let mut meta = core.meta.lock();
+            core.check_mounted()?;
             core.check_failed()?;
             let mut txn = Txn { core, meta: &mut meta, changed: false, ready: false, commits };
             match body(&mut txn) {
@@ -259,7 +260,7 @@ impl Txn<'_> {
     /// The value of `key`.
     pub(crate) fn get(&mut self, kind: TreeKind, key: &[u8]) -> Result<Option<Value>, Stop> {
         let meta = &mut *self.meta;
-        Ok(meta.trees[kind.index()].get(&mut meta.cache, key, |value| Value::from_slice(value))?)
+        Ok(meta.trees[kind.index()].get(&mut meta.cache, key, Value::from_slice)?)
     }
 
     /// The item with the greatest key at or below `key`.

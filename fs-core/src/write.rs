@@ -1,15 +1,17 @@
 //! A direct write.
 //!
 //! 1. lock the blocks of the range exclusively;
-//! 2. fill the edges of an unaligned write from what is there ([`with_edges`]), so that whole blocks are written;
-//! 3. allocate, as one or several runs ([`allocate`]); the blocks are owned by an [`Ordered`] extent from here on;
-//! 4. checksum the blocks while they are hot and write them ([`send_all`]);
+//! 2. allocate, as one or several runs ([`allocate`]); the blocks are owned by an [`Ordered`] extent from here on;
+//! 3. fill the edges of an unaligned write from what is there ([`with_edges`]), so that whole blocks are written;
+//! 4. checksum the blocks while they are hot and write them ([`store`]);
 //! 5. when all of them are on the device: publish the new mapping and size (pinned), put extents and checksums into the trees,
 //!    free what was replaced, unpin ([`publish`]) - in one transaction, so that a crash sees all of it or nothing;
 //! 6. unlock (the guard).
 //!
-//! A failure before step 5 gives the blocks back and changes nothing: the old content stays. Writes longer than
-//! [`ATOMIC_WRITE_MAX`] are done in pieces of that size, each atomic, all under one lock.
+//! A failure before step 5 gives the blocks back and changes nothing: the old content stays. A write longer than
+//! [`ATOMIC_WRITE_MAX`] goes in pieces ([`cut`]), under one lock: all are allocated, then all are stored, then each is published
+//! on its own. So want of space and errors of the device are found before anything has changed, however long the
+//! write, and each piece is atomic.
 
 use std::sync::Arc;
 
@@ -85,22 +87,72 @@ pub(crate) async fn write_buf(
         let result = copy_in(core, io, inner, offset, &buf).await;
         return (result.map(|()| offset), buf);
     }
-    let mut done = 0;
+    let pieces = match allocate_all(core, io, offset, buf.len()).await {
+        Ok(pieces) => pieces,
+        Err(error) => return (Err(error), buf),
+    };
     let mut written: Option<DmaBuf> = None;
-    while !buf.is_empty() {
-        let rest = buf.split_off(buf.len().min(ATOMIC_WRITE_MAX));
-        let start = offset + done as u64;
-        done += buf.len();
-        let size = offset + done as u64;
-        let (result, piece) = write_blocks(core, io, inner, FileBlock::containing(start), buf, size).await;
-        let whole = join(written.take(), piece);
-        if let Err(error) = result {
-            return (Err(error), join(Some(whole), rest));
+    let mut all = Pieces::new();
+    for piece in pieces {
+        let rest = buf.split_off(piece.len);
+        let (result, front) = store(core, io, piece.at(), piece.ordered, buf, piece.offset + piece.len as u64).await;
+        let whole = join(written.take(), front);
+        match result {
+            Ok(stored) => all.push(stored),
+            Err(error) => return (Err(error), join(Some(whole), rest)),
         }
         written = Some(whole);
         buf = rest;
     }
-    (Ok(offset), join(written, buf))
+    let result = publish_all(core, io, inner, all).await;
+    (result.map(|()| offset), join(written, buf))
+}
+
+/// What a write does at once, whole or not at all; a longer one is cut at block borders.
+fn cut(offset: u64, len: usize) -> impl Iterator<Item = (u64, usize)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        let left = len - done;
+        if left == 0 {
+            return None;
+        }
+        let at = offset + done as u64;
+        let skip = (at & BLOCK_MASK) as usize;
+        let piece = if left <= ATOMIC_WRITE_MAX { left } else { ATOMIC_WRITE_MAX - skip };
+        done += piece;
+        Some((at, piece))
+    })
+}
+
+/// Blocks that `len` bytes (> 0) at `offset` touch.
+fn blocks_of(offset: u64, len: usize) -> u64 {
+    FileBlock::at_or_after(offset + len as u64).0 - FileBlock::containing(offset).0
+}
+
+/// A piece of a write and the blocks that it will go to.
+struct Piece {
+    offset: u64,
+    len: usize,
+    ordered: Ordered,
+}
+
+impl Piece {
+    fn at(&self) -> FileBlock {
+        FileBlock::containing(self.offset)
+    }
+}
+
+/// Mostly there is one.
+type Pieces<T> = SmallVec<[T; 1]>;
+
+/// Step 2 for all pieces of a write.
+async fn allocate_all(core: &Arc<Core>, io: &Io, offset: u64, len: usize) -> Result<Pieces<Piece>> {
+    let mut pieces = Pieces::new();
+    for (offset, len) in cut(offset, len) {
+        let ordered = allocate(core, io, blocks_of(offset, len)).await?;
+        pieces.push(Piece { offset, len, ordered });
+    }
+    Ok(pieces)
 }
 
 fn join(front: Option<DmaBuf>, back: DmaBuf) -> DmaBuf {
@@ -125,20 +177,17 @@ pub(crate) async fn write_slice(core: &Arc<Core>, io: &Io, file: &File, at: At, 
 
 /// Writes `data` at `offset` of a file whose range is locked.
 async fn copy_in(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, data: &[u8]) -> Result<()> {
-    let mut done = 0;
-    while done < data.len() {
-        let at = offset + done as u64;
-        let skip = (at & BLOCK_MASK) as usize;
-        let piece = &data[done..data.len().min(done + ATOMIC_WRITE_MAX - skip)];
-        let buf = with_edges(core, io, file, at, piece).await?;
-        done += piece.len();
-        let size = offset + done as u64;
-        write_blocks(core, io, file, FileBlock::containing(at), buf, size).await.0?;
+    let mut all = Pieces::new();
+    for piece in allocate_all(core, io, offset, data.len()).await? {
+        let from = (piece.offset - offset) as usize;
+        let buf = with_edges(core, io, file, piece.offset, &data[from..from + piece.len]).await?;
+        let size = piece.offset + piece.len as u64;
+        all.push(store(core, io, piece.at(), piece.ordered, buf, size).await.0?);
     }
-    Ok(())
+    publish_all(core, io, file, all).await
 }
 
-/// Step 2: a buffer of whole blocks with `data` at byte `at` and the file's content around it.
+/// Step 3: a buffer of whole blocks with `data` at byte `at` and the file's content around it.
 async fn with_edges(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, at: u64, data: &[u8]) -> Result<DmaBuf> {
     let skip = (at & BLOCK_MASK) as usize;
     let blocks = (skip + data.len()).div_ceil(BLOCK_SIZE);
@@ -171,32 +220,8 @@ async fn read_edge(
     Ok(join(Some(join(Some(buf), block)), rest))
 }
 
-/// Steps 3 to 5: writes the whole blocks of `buf` at `at`; the file ends at byte `size` at least afterwards.
-pub(crate) async fn write_blocks(
-    core: &Arc<Core>,
-    io: &Io,
-    file: &Arc<FileInner>,
-    at: FileBlock,
-    buf: DmaBuf,
-    size: u64,
-) -> (Result<()>, DmaBuf) {
-    let blocks = (buf.len() >> BLOCK_SHIFT) as u64;
-    let ordered = match allocate(core, io, blocks).await {
-        Ok(ordered) => ordered,
-        Err(error) => return (Err(error), buf),
-    };
-    let sums: Vec<u32> = buf.chunks_exact(BLOCK_SIZE).map(checksum32).collect();
-    let (result, buf) = send_all(core, io, ordered.runs(), buf).await;
-    let result = match result {
-        Ok(()) => publish(core, io, file, at, ordered, &sums, size).await,
-        // The ordered extent gives its blocks back on drop.
-        Err(error) => Err(error),
-    };
-    (result, buf)
-}
-
-/// Step 3.
-async fn allocate(core: &Arc<Core>, io: &Io, blocks: u64) -> Result<Ordered> {
+/// Step 2.
+pub(crate) async fn allocate(core: &Arc<Core>, io: &Io, blocks: u64) -> Result<Ordered> {
     let runs = transact(core, io, |t| {
         t.check_room(Room::Data(blocks))?;
         t.allocate(Stream::Data, blocks)
@@ -205,7 +230,55 @@ async fn allocate(core: &Arc<Core>, io: &Io, blocks: u64) -> Result<Ordered> {
     Ok(Ordered::new(core, runs))
 }
 
-/// Step 4.
+/// Blocks that are on the device, and that nothing refers to yet.
+pub(crate) struct Stored {
+    at: FileBlock,
+    ordered: Ordered,
+    sums: Vec<u32>,
+    /// The file ends at this byte at least when they are published.
+    size: u64,
+}
+
+impl Stored {
+    /// The extent records: one for each run; a run of one block carries its checksum.
+    pub(crate) fn records(&self, birth: Generation) -> SmallVec<[Extent; 4]> {
+        let mut done = 0;
+        self.runs()
+            .iter()
+            .map(|run| {
+                let checksum = (run.len == 1).then(|| self.sums[done as usize]);
+                let extent = Extent { at: self.at.plus(done), len: run.len, addr: run.start, checksum, birth };
+                done += run.len;
+                extent
+            })
+            .collect()
+    }
+
+    pub(crate) fn runs(&self) -> &[Run] {
+        self.ordered.runs()
+    }
+
+    /// The trees refer to the blocks now.
+    pub(crate) fn finish(self) {
+        self.ordered.finish();
+    }
+}
+
+/// Step 4: writes the whole blocks of `buf`, which go to file block `at`, to the blocks of `ordered`.
+pub(crate) async fn store(
+    core: &Arc<Core>,
+    io: &Io,
+    at: FileBlock,
+    ordered: Ordered,
+    buf: DmaBuf,
+    size: u64,
+) -> (Result<Stored>, DmaBuf) {
+    let sums = buf.chunks_exact(BLOCK_SIZE).map(checksum32).collect();
+    let (result, buf) = send_all(core, io, ordered.runs(), buf).await;
+    // On failure the ordered extent gives its blocks back on drop.
+    (result.map(|()| Stored { at, ordered, sums, size }), buf)
+}
+
 async fn send_all(core: &Arc<Core>, io: &Io, runs: &[Run], mut buf: DmaBuf) -> (Result<()>, DmaBuf) {
     let mut handles = SmallVec::<[_; 4]>::new();
     core.stats.wrote_data(buf.len() as u64);
@@ -228,70 +301,75 @@ async fn send_all(core: &Arc<Core>, io: &Io, runs: &[Run], mut buf: DmaBuf) -> (
     (outcome, join(whole, buf))
 }
 
+/// Step 5 for all pieces.
+async fn publish_all(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, pieces: Pieces<Stored>) -> Result<()> {
+    for stored in pieces {
+        publish(core, io, file, stored).await?;
+    }
+    Ok(())
+}
+
 /// Step 5.
-async fn publish(
-    core: &Arc<Core>,
-    io: &Io,
-    file: &Arc<FileInner>,
-    at: FileBlock,
-    ordered: Ordered,
-    sums: &[u32],
-    size: u64,
-) -> Result<()> {
-    let blocks = sums.len() as u64;
-    let end = at.plus(blocks);
+async fn publish(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, stored: Stored) -> Result<()> {
+    let Stored { at, sums, size, .. } = &stored;
+    let end = at.plus(sums.len() as u64);
     transact(core, io, |t| {
-        let new = records(at, ordered.runs(), sums, t.generation());
-        let old = extents::overlapping(t, file.id, at, end, usize::MAX)?;
-        let replace = extents::plan(t, file.id, (at, end), &old, &new)?;
-        let mut plans = SmallVec::<[_; 4]>::new();
-        let mut done = 0;
-        for extent in &new {
-            let sums = &sums[done..done + extent.len as usize];
-            done += extent.len as usize;
-            if extent.checksum.is_none() {
-                plans.push(checksums::plan(t, extent.run(), sums)?);
-            }
+        let new = stored.records(t.generation());
+        let old = extents::overlapping(t, file.id, *at, end, usize::MAX)?;
+        let replace = extents::plan(t, file.id, (*at, end), &old, &new)?;
+        let mut chunks = checksums::Plan::default();
+        for (extent, sums) in apart(&new, sums) {
+            checksums::plan(t, &mut chunks, extent.run(), sums)?;
         }
-        t.ready(replace.len() + plans.iter().map(checksums::Plan::len).sum::<usize>())?;
+        t.ready(replace.len() + chunks.len())?;
 
         // From here on nothing stops. Readers see the new content, then the tree does, then the pins go.
-        let mut done = 0;
-        for extent in &new {
-            if extent.checksum.is_none() {
-                core.checksums.insert(extent.addr, &sums[done..done + extent.len as usize]);
-            }
-            done += extent.len as usize;
+        for (extent, sums) in apart(&new, sums) {
+            core.checksums.insert(extent.addr, sums);
         }
-        let grown = (size > file.size()).then_some(size);
+        let grown = (*size > file.size()).then_some(*size);
         let published = pieces::publish(&file.map, &new, grown);
         replace.apply(t)?;
-        for plan in &plans {
-            checksums::apply(t, plan)?;
-        }
+        checksums::apply(t, &chunks)?;
         published.unpin(&file.map, &core.checksums);
-        t.published(ordered.runs());
+        t.published(stored.runs());
         t.change_inode(file, |inode| {
-            inode.size = inode.size.max(size);
+            inode.size = inode.size.max(*size);
             inode.extents = inode.extents.wrapping_add_signed(replace.extents);
             inode.blocks = inode.blocks.wrapping_add_signed(replace.blocks);
         });
         Ok(())
     })
     .await?;
-    ordered.finish();
+    stored.finish();
     Ok(())
 }
 
-/// The extent records of a write: one for each run; a run of one block carries its checksum.
-fn records(at: FileBlock, runs: &[Run], sums: &[u32], birth: Generation) -> SmallVec<[Extent; 4]> {
+/// The extents of a write whose checksums are kept apart from their records, with these.
+fn apart<'a>(new: &'a [Extent], sums: &'a [u32]) -> impl Iterator<Item = (&'a Extent, &'a [u32])> {
     let mut done = 0;
-    runs.iter()
-        .map(|run| {
-            let checksum = (run.len == 1).then(|| sums[done as usize]);
-            let extent = Extent { at: at.plus(done), len: run.len, addr: run.start, checksum, birth };
-            done += run.len;
-            extent
+    new.iter()
+        .map(move |extent| {
+            let from = done;
+            done += extent.len as usize;
+            (extent, &sums[from..done])
         })
-        .collect()
+        .filter(|(extent, _)| extent.checksum.is_none())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_write_is_cut_only_when_it_is_too_long_to_be_atomic() {
+        let cuts = |offset, len| cut(offset, len).collect::<Vec<_>>();
+        assert_eq!(cuts(0, 0), []);
+        assert_eq!(cuts(5, ATOMIC_WRITE_MAX), [(5, ATOMIC_WRITE_MAX)]);
+        let max = ATOMIC_WRITE_MAX;
+        assert_eq!(cuts(100, 2 * max), [(100, max - 100), (max as u64, max), (2 * max as u64, 100)]);
+        assert_eq!(blocks_of(100, max), 257);
+        assert_eq!(blocks_of(4095, 2), 2);
+        assert_eq!(blocks_of(4096, 4096), 1);
+    }
 }

@@ -39,7 +39,7 @@ struct Holder {
 
 static HELD: Mutex<Vec<Holder>> = Mutex::new(Vec::new());
 
-/// The use of a file until it is dropped. The `flock` ends with the file itself.
+/// The use of a file within this process until it is dropped. [`unlock`] ends that among processes; it comes first.
 #[derive(Debug)]
 pub(super) struct Exclusive(Identity);
 
@@ -73,6 +73,13 @@ impl Drop for Exclusive {
             held.swap_remove(at);
         }
     }
+}
+
+/// Gives the `flock` of a file back. Closing the file is not enough: a child process that another thread is just forking
+/// has a copy of the descriptor until it executes its program.
+pub(super) fn unlock(file: &File) {
+    // SAFETY: the descriptor is open for as long as `file` is borrowed. A failure means that there was no lock.
+    unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) };
 }
 
 /// False when somebody else has it.

@@ -30,7 +30,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::time::Instant;
 
 use crate::pool::{MapArenas, Pool};
 use crate::uri::FileOptions;
@@ -122,11 +121,8 @@ impl FileDevice {
         ZERO_STEPS[usize::from(self.zero_step.load(Ordering::Relaxed)).min(ZERO_STEPS.len() - 1)]
     }
 
-    /// Whether a request may go to the kernel now.
+    /// Whether a request may go to the kernel now: a flush must name the present epoch.
     fn may_start(&self, request: &Request) -> Result<(), IoErrorKind> {
-        if request.hints.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            return Err(IoErrorKind::TimedOut);
-        }
         match (request.kind, self.epoch_now()) {
             (Kind::Flush { epoch }, now) if epoch != now => {
                 Err(IoErrorKind::EpochLost { expected: epoch, now })
@@ -182,6 +178,12 @@ impl FileDevice {
                 io::Error::from_raw_os_error(error)
             );
         }
+    }
+}
+
+impl Drop for FileDevice {
+    fn drop(&mut self) {
+        //lock::unlock(&self.file);
     }
 }
 

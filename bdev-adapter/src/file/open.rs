@@ -15,6 +15,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64};
+use std::time::Duration;
 
 use super::FileDevice;
 use super::lock::Exclusive;
@@ -23,6 +24,11 @@ use super::ring::Ring;
 use crate::pool::{MapArenas, Pool, PoolOptions};
 use crate::uri::{Direct, FileOptions};
 use crate::{ClaimFlag, DmaBuf, DmaSource, Error, Geometry, OpenOptions};
+
+/// A block device that was closed stays busy until a child process that was being forked then has executed its program:
+/// how often and how long an open waits for that.
+const BUSY_TRIES: usize = 5;
+const BUSY_SLEEP: Duration = Duration::from_millis(5);
 
 /// The parameters of an open, for messages and decisions.
 struct Opening<'a> {
@@ -149,11 +155,17 @@ impl Opening<'_> {
 
     fn open_at(&self, flags: i32, block_device: bool) -> io::Result<File> {
         let exclusive = if block_device { libc::O_EXCL } else { 0 };
-        fs::OpenOptions::new()
-            .read(true)
-            .write(!self.options.read_only)
-            .custom_flags(flags | exclusive)
-            .open(self.path())
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(!self.options.read_only).custom_flags(flags | exclusive);
+        for _ in 0..BUSY_TRIES {
+            match options.open(self.path()) {
+                Err(error) if block_device && error.raw_os_error() == Some(libc::EBUSY) => {
+                    std::thread::sleep(BUSY_SLEEP);
+                }
+                result => return result,
+            }
+        }
+        options.open(self.path())
     }
 
     /// Says that the page cache will be used, or fails if the URI forbids it.

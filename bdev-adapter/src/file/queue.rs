@@ -219,7 +219,7 @@ impl FileQueuePair {
     fn part_done(&mut self, part: usize, result: i32) {
         let entry = self.parts.get_mut(part);
         match -result {
-            // ECANCELED: the thread that submitted it ended before the kernel had started.
+            // ECANCELED: the thread that submitted it may have ended before the kernel had started.
             libc::EAGAIN | libc::EINTR | libc::ECANCELED if entry.attempts < MAX_ATTEMPTS => {
                 entry.attempts += 1;
                 self.retry.push(part);
@@ -343,8 +343,7 @@ impl QueuePair for FileQueuePair {
         self.kick();
         if self.in_kernel > 0 {
             if self.ring.completions_empty() && self.ring.wants_enter() {
-                // An error shows itself at the next submission.
-                let _ = self.ring.submit();
+                self.ring.post_completions();
             }
             self.reap();
             // Freed parts take what waits, so that the device is not idle until the next poll.

@@ -102,6 +102,15 @@ impl Ring {
         queue.taskrun() || queue.cq_overflow()
     }
 
+    /// Enters the kernel so that it posts completions; submits nothing.
+    pub(super) fn post_completions(&mut self) {
+        // SAFETY: without arguments the call touches only the ring.
+        let result = unsafe { self.uring.submitter().enter::<libc::sigset_t>(0, 0, ENTER_GETEVENTS, None) };
+        if let Err(error) = result {
+            log::debug!("cannot enter io_uring: {error}");
+        }
+    }
+
     /// Hands what is queued to the kernel. Returns how many it took; may take a part.
     pub(super) fn submit(&mut self) -> io::Result<usize> {
         loop {

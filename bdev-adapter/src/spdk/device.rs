@@ -35,7 +35,10 @@ unsafe impl Sync for SpdkBdev {}
 
 impl std::fmt::Debug for SpdkBdev {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SpdkBdev").field("uri", &self.uri).field("bdev", &self.opened.name).finish_non_exhaustive()
+        f.debug_struct("SpdkBdev")
+            .field("uri", &self.uri)
+            .field("bdev", &self.opened.name)
+            .finish_non_exhaustive()
     }
 }
 
@@ -128,7 +131,8 @@ fn geometry(opened: &Opened) -> Geometry {
 }
 
 fn read_config(path: &Path, uri: &str) -> Result<(Vec<u8>, Vec<rpc::Call>), Error> {
-    let cannot_read = |source| Error::Os { what: "cannot read the SPDK configuration of", device: uri.to_owned(), source };
+    let cannot_read =
+        |source| Error::Os { what: "cannot read the SPDK configuration of", device: uri.to_owned(), source };
     let length = match fs::metadata(path) {
         Ok(metadata) => metadata.len(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {

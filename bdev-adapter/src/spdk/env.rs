@@ -22,13 +22,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use spdk_sys::bdev::{
-    gaur_bdev, gaur_bdev_close, gaur_bdev_desc, gaur_bdev_get_info, gaur_bdev_info, gaur_bdev_name, gaur_bdev_names,
-    gaur_bdev_open, gaur_bdev_removed, spdk_bdev_desc,
+    gaur_bdev, gaur_bdev_close, gaur_bdev_desc, gaur_bdev_get_info, gaur_bdev_info, gaur_bdev_name,
+    gaur_bdev_names, gaur_bdev_open, gaur_bdev_removed, spdk_bdev_desc,
 };
 use spdk_sys::config::{gaur_bdev_wait_for_examine, gaur_subsystems_init, gaur_wait};
 use spdk_sys::env::{
-    GAUR_LOG_DPDK, GAUR_LOG_ERROR, GAUR_LOG_INFO, GAUR_LOG_NOTICE, GAUR_LOG_WARN, gaur_env_init, gaur_env_opts,
-    gaur_log_open,
+    GAUR_LOG_DPDK, GAUR_LOG_ERROR, GAUR_LOG_INFO, GAUR_LOG_NOTICE, GAUR_LOG_WARN, gaur_env_init,
+    gaur_env_opts, gaur_log_open,
 };
 use spdk_sys::thread::{gaur_thread_poll, spdk_set_thread, spdk_thread_create};
 use spdk_sys::version;
@@ -143,9 +143,9 @@ fn initialise() -> Result<NonNull<spdk_sys::thread::spdk_thread>, String> {
     if rc != 0 {
         let said = LAST_ERROR.lock().take().map(|said| format!(" ({said})")).unwrap_or_default();
         return Err(format!(
-            "{}{said}; {} huge pages are free, {}",
+            "{}{said}; {} MiB of huge pages are free, {}",
             std::io::Error::from_raw_os_error(-rc),
-            memory::free_pages(),
+            memory::free_mib(),
             memory::MEND
         ));
     }
@@ -174,8 +174,11 @@ static LAST_ERROR: Mutex<Option<String>> = Mutex::new(None);
 /// SPDK's log goes to the program's logger, target `spdk`.
 unsafe extern "C" fn log_line(level: c_int, file: *const c_char, line: c_int, text: *const c_char) {
     // SAFETY: the shim passes terminated strings that live over the call.
-    let (file, text) = unsafe { (CStr::from_ptr(file).to_string_lossy(), CStr::from_ptr(text).to_string_lossy()) };
-    if level == GAUR_LOG_ERROR as c_int || level == GAUR_LOG_DPDK as c_int {
+    let (file, text) =
+        unsafe { (CStr::from_ptr(file).to_string_lossy(), CStr::from_ptr(text).to_string_lossy()) };
+    // DPDK does not say how bad it is.
+    let bad = |text: &str| ["annot", "rror", "ail", "nsufficient", "nough"].iter().any(|word| text.contains(word));
+    if level == GAUR_LOG_ERROR as c_int || level == GAUR_LOG_DPDK as c_int && bad(&text) {
         *LAST_ERROR.lock() = Some(text.clone().into_owned());
     }
     let level = match level as u32 {
@@ -220,7 +223,10 @@ impl Env {
     pub(super) fn load(&self, path: &Path, text: Vec<u8>, calls: Vec<Call>) -> Result<(), Error> {
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let result = self.ask(|reply| Job::Load { path: path.clone(), text, calls, reply })?;
-        result.map_err(|(what, why)| Error::Spdk { what: format!("configuration {}: {what}", path.display()), why })
+        result.map_err(|(what, why)| Error::Spdk {
+            what: format!("configuration {}: {what}", path.display()),
+            why,
+        })
     }
 
     /// See [`rpc`](super::rpc()).
@@ -252,8 +258,10 @@ impl Env {
             Err(OpenError::Errno(libc::ENODEV)) => {
                 let names = self.bdev_names()?;
                 let known = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-                let why = format!("there is no bdev '{name}' (there are: {known}); name one of them, or add it to the \
-                                   configuration and give that as ?config=PATH");
+                let why = format!(
+                    "there is no bdev '{name}' (there are: {known}); name one of them, or add it to the \
+                                   configuration and give that as ?config=PATH"
+                );
                 return Err(Error::NotFound { device: device(), why });
             }
             Err(OpenError::Errno(libc::EBUSY)) => return Err(Error::Busy { device: device() }),
@@ -405,7 +413,7 @@ impl Helper {
         match job {
             Job::Load { path, text, calls, reply } => {
                 let _ = reply.send(self.load(path, text, &calls));
-            },
+            }
             Job::Call { call, timeout, reply } => {
                 let result = self.reach_runtime(&[], &mut []).map_err(|(_, why)| why);
                 let _ = reply.send(result.and_then(|()| self.call(&call, timeout)));
@@ -454,14 +462,15 @@ impl Helper {
             if call.admission() == Admission::Now {
                 self.call(call, CALL_TIMEOUT).map_err(|why| (call.method().to_owned(), why))?;
             } else {
-                log::warn!("{} is ignored: SPDK takes it only before the first device is opened", call.method());
+                log::warn!(
+                    "{} is ignored: SPDK takes it only before the first device is opened",
+                    call.method()
+                );
             }
             *made = true;
         }
-        let mut wait = Box::new(gaur_wait { done: false, rc: 0 });
-        // SAFETY: `wait` is written at the latest when the poll below sees it done; if that never happens it is leaked.
-        unsafe { gaur_bdev_wait_for_examine(&mut *wait) };
-        if !self.finish(wait, CALL_TIMEOUT).is_some_and(|rc| rc == 0) {
+        // SAFETY: inside the app thread, with the subsystems initialised.
+        if unsafe { self.wait_for(gaur_bdev_wait_for_examine, CALL_TIMEOUT) } != Some(0) {
             log::warn!("SPDK has not finished looking at its bdevs");
         }
         Ok(())
@@ -482,30 +491,35 @@ impl Helper {
                 *made = true;
             }
         }
-        let mut wait = Box::new(gaur_wait { done: false, rc: 0 });
         LAST_ERROR.lock().take();
-        // SAFETY: called once in the process (`broken` and `runtime` see to it), inside the app thread; `wait` as above.
-        unsafe { gaur_subsystems_init(&mut *wait) };
-        let why = match self.finish(wait, INIT_TIMEOUT) {
+        // SAFETY: called once in the process (`broken` and `runtime` see to it), inside the app thread.
+        let why = match unsafe { self.wait_for(gaur_subsystems_init, INIT_TIMEOUT) } {
             Some(0) => {
                 self.runtime = true;
                 rpc::set_runtime(true);
                 return Ok(());
             }
-            Some(rc) => explain(format!("SPDK says {rc}")),
+            Some(rc) => explain(format!("SPDK says {rc}, which may be a lack of memory")),
             None => explain(format!("SPDK did not finish within {} s", INIT_TIMEOUT.as_secs())),
         };
         self.broken = Some(why.clone());
         Err((what(), why))
     }
 
-    /// Polls until `wait` is done; its result, or none after `timeout`.
-    fn finish(&mut self, wait: Box<gaur_wait>, timeout: Duration) -> Option<i32> {
-        let wait = Box::into_raw(wait);
+    /// Starts something that finishes during polls, and polls until it has; its result, or none after `timeout`.
+    ///
+    /// # Safety
+    /// `start` may be called now, with a place for the result that lives until it is done.
+    unsafe fn wait_for(
+        &mut self,
+        start: unsafe extern "C" fn(*mut gaur_wait),
+        timeout: Duration,
+    ) -> Option<i32> {
+        let wait = Box::into_raw(Box::new(gaur_wait { done: false, rc: 0 }));
+        // SAFETY: as the caller promises; `wait` stays allocated until it is done, or for ever.
+        unsafe { start(wait) };
         // SAFETY: SPDK writes `*wait` only inside polls of this thread, so never at the same time as this read.
-        let done = self.turn_until(timeout, |_| unsafe { ptr::read_volatile(wait).done });
-        if !done {
-            // SPDK may still write to it: it stays allocated.
+        if !self.turn_until(timeout, |_| unsafe { (*wait).done }) {
             return None;
         }
         // SAFETY: it came from `into_raw`, and SPDK is done with it.
@@ -587,7 +601,7 @@ fn explain(mut message: String) -> String {
         message = format!("{message} ({said})");
     }
     if message.to_ascii_lowercase().contains("memory") {
-        message = format!("{message}; {} huge pages are free, {}", memory::free_pages(), memory::MEND);
+        message = format!("{message}; {} MiB of huge pages are free, {}", memory::free_mib(), memory::MEND);
     }
     message
 }

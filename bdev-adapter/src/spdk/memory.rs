@@ -9,7 +9,8 @@ use crate::Error;
 use crate::pool::{ARENA_LEN, Arena, ArenaSource};
 
 /// The command that mends a lack of huge pages.
-pub(super) const MEND: &str = "run `scripts/spdk.sh hugepages 1536` as root (3 GiB; more for larger malloc bdevs)";
+pub(super) const MEND: &str =
+    "run `scripts/spdk.sh hugepages 1536` as root (that is 3 GiB; more for larger malloc bdevs)";
 
 /// Arenas from SPDK's heap, aligned to 2 MiB.
 ///
@@ -34,7 +35,7 @@ unsafe impl ArenaSource for HugePages {
         let memory = unsafe { spdk_dma_zmalloc(len, ARENA_LEN, ptr::null_mut()) };
         NonNull::new(memory.cast()).map(|ptr| Arena { ptr, len }).ok_or_else(|| Error::NoMemory {
             len,
-            why: format!("{} huge pages are free; {MEND}", free_pages()),
+            why: format!("{} MiB of huge pages are free; {MEND}", free_mib()),
         })
     }
 
@@ -44,46 +45,31 @@ unsafe impl ArenaSource for HugePages {
     }
 }
 
-/// Checks, before DPDK is asked (it can be asked only once), that it will find huge pages and may use them.
+/// What SPDK takes for its own pools (messages, I/Os, bounce buffers) before the first byte of a user's.
+const SPDK_MIB: u64 = 320;
+
+/// Checks, before SPDK is asked (it can be asked only once), that it will find enough huge pages. They are taken without
+/// files, so hugetlbfs need not be mounted, and any user may have them.
 ///
 /// # Errors
-/// [`Error::Unavailable`] that names what is missing and the command that mends it.
+/// [`Error::Unavailable`] with the command that mends it.
 pub(super) fn check(device: &str) -> Result<(), Error> {
-    let unavailable = |why: String| Err(Error::Unavailable { device: device.to_owned(), why });
-    let mounts = fs::read_to_string("/proc/mounts").unwrap_or_default();
-    let mut mounts = mounts.lines().filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace().skip(1);
-        Some((fields.next()?, fields.next()?))
-    });
-    let mut mounted = mounts.by_ref().filter(|(_, kind)| *kind == "hugetlbfs").map(|(path, _)| path).peekable();
-    if mounted.peek().is_none() {
-        return unavailable(format!("SPDK needs huge pages, and hugetlbfs is not mounted; {MEND}"));
+    let free = free_mib();
+    if free >= SPDK_MIB {
+        return Ok(());
     }
-    let paths: Vec<&str> = mounted.collect();
-    if !paths.iter().any(|path| is_writable(path)) {
-        return unavailable(format!(
-            "SPDK needs huge pages, and this user may not write to hugetlbfs at {}; run as root, or give the directory \
-             to this user (chown)",
-            paths.join(", ")
-        ));
-    }
-    if free_pages() == 0 {
-        return unavailable(format!("SPDK needs huge pages, and none is free; {MEND}"));
-    }
-    Ok(())
+    let why = format!("SPDK needs {SPDK_MIB} MiB of huge pages for itself, and {free} MiB are free; {MEND}");
+    Err(Error::Unavailable { device: device.to_owned(), why })
 }
 
-fn is_writable(path: &str) -> bool {
-    let Ok(path) = std::ffi::CString::new(path) else { return false };
-    // SAFETY: `path` is a terminated string that lives over the call.
-    unsafe { libc::access(path.as_ptr(), libc::W_OK | libc::X_OK) == 0 }
-}
-
-/// Free huge pages of all sizes, for messages and as a first check.
-pub(super) fn free_pages() -> u64 {
+/// How much is free in huge pages of all sizes.
+pub(super) fn free_mib() -> u64 {
     let Ok(sizes) = fs::read_dir("/sys/kernel/mm/hugepages") else { return 0 };
-    sizes
-        .filter_map(|size| fs::read_to_string(size.ok()?.path().join("free_hugepages")).ok())
-        .filter_map(|count| count.trim().parse::<u64>().ok())
-        .sum()
+    let free_kib = sizes.filter_map(|size| {
+        let size = size.ok()?;
+        let kib: u64 = size.file_name().to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+        let count: u64 = fs::read_to_string(size.path().join("free_hugepages")).ok()?.trim().parse().ok()?;
+        kib.checked_mul(count)
+    });
+    free_kib.sum::<u64>() / 1024
 }

@@ -29,12 +29,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use spdk_sys::bdev::{
-    gaur_bdev_flush, gaur_bdev_room_for_thread, iovec, spdk_bdev_desc, spdk_bdev_get_io_channel, spdk_bdev_read_blocks, spdk_bdev_readv_blocks,
-    spdk_bdev_unmap_blocks, spdk_bdev_write_blocks, spdk_bdev_write_zeroes_blocks, spdk_bdev_writev_blocks,
+    gaur_bdev_flush, gaur_bdev_room_for_thread, iovec, spdk_bdev_desc, spdk_bdev_get_io_channel,
+    spdk_bdev_read_blocks, spdk_bdev_readv_blocks, spdk_bdev_unmap_blocks, spdk_bdev_write_blocks,
+    spdk_bdev_write_zeroes_blocks, spdk_bdev_writev_blocks,
 };
 use spdk_sys::thread::{
-    gaur_thread_destroy, gaur_thread_poll, spdk_get_thread, spdk_io_channel, spdk_put_io_channel, spdk_set_thread,
-    spdk_thread, spdk_thread_create,
+    gaur_thread_destroy, gaur_thread_poll, spdk_get_thread, spdk_io_channel, spdk_put_io_channel,
+    spdk_set_thread, spdk_thread, spdk_thread_create,
 };
 
 use super::device::{DEPTH, EPOCH, MAX_PIECE, SpdkBdev};
@@ -80,7 +81,7 @@ impl SpdkQueuePair {
     pub(super) fn new(device: Arc<SpdkBdev>) -> Result<SpdkQueuePair, Error> {
         let no_memory = |what: &str| Error::Spdk {
             what: format!("cannot open a queue pair of '{}'", device.name()),
-            why: format!("no {what}; {} huge pages are free, {}", memory::free_pages(), memory::MEND),
+            why: format!("no {what}; {} MiB of huge pages are free, {}", memory::free_mib(), memory::MEND),
         };
         if device.is_gone() {
             let why = "the bdev was removed".to_owned();
@@ -137,13 +138,16 @@ impl SpdkQueuePair {
         }
         match request.kind {
             Kind::Read => None,
-            Kind::Write | Kind::WriteZeroes if request.hints.fua => self.judge_durability().and_then(Result::err).map(Err),
+            Kind::Write | Kind::WriteZeroes if request.hints.fua => {
+                self.judge_durability().and_then(Result::err).map(Err)
+            }
             Kind::Write | Kind::WriteZeroes => None,
             Kind::Flush { epoch } if epoch != EPOCH => {
                 Some(Err(IoErrorKind::EpochLost { expected: epoch, now: EPOCH }))
             }
             Kind::Flush { .. } => self.judge_durability(),
-            Kind::Unmap => (!self.device.geometry().unmap).then_some(Err(IoErrorKind::Unsupported)),
+            // Advice that such a device does not take.
+            Kind::Unmap => (!self.device.geometry().unmap).then_some(Ok(())),
         }
     }
 
@@ -161,7 +165,11 @@ impl SpdkQueuePair {
     #[inline]
     fn is_simple(&self, request: &Request) -> bool {
         match request.kind {
-            Kind::Read | Kind::Write if request.len > MAX_PIECE || request.bufs.as_slice().len() > MAX_SEGMENTS => false,
+            Kind::Read | Kind::Write
+                if request.len > MAX_PIECE || request.bufs.as_slice().len() > MAX_SEGMENTS =>
+            {
+                false
+            }
             Kind::Write | Kind::WriteZeroes => !(request.hints.fua && self.flush_needed),
             _ => true,
         }
@@ -236,7 +244,8 @@ impl SpdkQueuePair {
         if rc == -libc::ENOMEM {
             return false;
         }
-        self.slots.refuse(index, if self.device.is_gone() { IoErrorKind::Gone } else { IoErrorKind::Os(-rc) });
+        self.slots
+            .refuse(index, if self.device.is_gone() { IoErrorKind::Gone } else { IoErrorKind::Os(-rc) });
         self.in_flight += 1;
         true
     }
@@ -362,7 +371,8 @@ impl SpdkQueuePair {
     #[inline]
     fn note_deadline(&mut self, request: &Request) {
         if let Some(deadline) = request.hints.deadline {
-            self.earliest_deadline = Some(self.earliest_deadline.map_or(deadline, |earliest| earliest.min(deadline)));
+            self.earliest_deadline =
+                Some(self.earliest_deadline.map_or(deadline, |earliest| earliest.min(deadline)));
         }
     }
 
@@ -533,7 +543,9 @@ impl Data {
             Segments::Many(bufs) => {
                 for (i, buf) in bufs.iter().enumerate() {
                     // SAFETY: `i` is below the number of buffers, for which there is room.
-                    unsafe { segments.add(i).write(iovec { iov_base: buf.as_ptr().cast(), iov_len: buf.len() }) };
+                    unsafe {
+                        segments.add(i).write(iovec { iov_base: buf.as_ptr().cast(), iov_len: buf.len() })
+                    };
                 }
                 Data::Many(segments, bufs.len() as i32)
             }
@@ -603,7 +615,9 @@ impl Splits {
             Piece { split: number, op: Op::Flush, offset: 0, len: 0, segments: 0 }
         } else {
             let (len, segments) = match request.kind {
-                Kind::Read | Kind::Write => piece_of(request.bufs.as_slice(), split.handed_out, rest.min(MAX_PIECE)),
+                Kind::Read | Kind::Write => {
+                    piece_of(request.bufs.as_slice(), split.handed_out, rest.min(MAX_PIECE))
+                }
                 _ => (rest, 0),
             };
             let offset = request.offset + split.handed_out;

@@ -15,7 +15,9 @@ use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::time::Instant;
 
-use spdk_sys::bdev::{gaur_bdev_io_error, gaur_io_error, io_error_kind, iovec, spdk_bdev_free_io, spdk_bdev_io};
+use spdk_sys::bdev::{
+    gaur_bdev_io_error, gaur_io_error, io_error_kind, iovec, spdk_bdev_free_io, spdk_bdev_io,
+};
 
 use super::device::EPOCH;
 use crate::{Completion, IoError, IoErrorKind, Kind, Request, Segments};
@@ -161,7 +163,14 @@ impl Slots {
     }
 
     /// Takes a free slot for a piece of a split.
-    pub(super) fn take_for_piece(&mut self, split: u32, segments: u32, op: Op, offset: u64, len: u64) -> Option<u32> {
+    pub(super) fn take_for_piece(
+        &mut self,
+        split: u32,
+        segments: u32,
+        op: Op,
+        offset: u64,
+        len: u64,
+    ) -> Option<u32> {
         let index = self.free.pop()?;
         let work = self.work(index);
         (work.op, work.owner) = (op, Owner::Split { split, segments });

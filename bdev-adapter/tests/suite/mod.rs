@@ -25,7 +25,7 @@ use bdev_adapter::{
 };
 
 /// Time that a case may take; a hang is a failure.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(240);
 
 type Opener = Box<dyn Fn(&OpenOptions) -> Result<Arc<dyn Device>, Error> + Send + Sync>;
 

@@ -12,18 +12,23 @@ mod pump;
 mod row;
 mod rows;
 
+use std::time::{Duration, Instant};
+
 use serde::Serialize;
-use std::time::Duration;
 
 use self::lab::Lab;
 use self::row::{Figure, Row, Sample};
 use crate::failure::{Failure, Result};
 use crate::out::{Bars, Out, Table, remark};
+use crate::sys::thread_cpu_ns;
 use crate::units;
 
 /// The device when none is given: SPDK's RAM disk in a build that has it, else plain memory.
 const SPDK_DEVICE: &str = "spdk-bdev:Malloc0?config=scripts/spdk-malloc.json";
 const MEMORY_DEVICE: &str = "mem:4GiB";
+
+/// A measuring thread polls all the time. Below this share of its core something else had the core.
+const BUSY_ENOUGH: f64 = 0.9;
 
 /// Arguments of `bench compare`.
 #[derive(Debug, clap::Args)]
@@ -182,12 +187,18 @@ fn measure(row: &Row, lab: &Lab, repeats: u32) -> Result<Outcome> {
         contest.ours(lab)?;
         contest.peer(lab)?;
         let mut samples = Vec::with_capacity(repeats as usize);
+        let (began, cpu) = (Instant::now(), thread_cpu_ns());
         for repeat in 1..=repeats {
             bar.set_message(format!("{}: {repeat}/{repeats}", row.metric));
             let ours = contest.ours(lab)?;
             samples.push(Sample { ours, peer: contest.peer(lab)? });
         }
-        let remarks = contest.remarks();
+        let busy = (thread_cpu_ns() - cpu) as f64 / began.elapsed().as_nanos() as f64;
+        let mut remarks = contest.remarks();
+        if busy < BUSY_ENOUGH {
+            let percent = busy * 100.0;
+            remarks.push(format!("NOTE: this thread ran only {percent:.0} % of the time: it waited for the device, or the machine is busy with other things and these figures mean little"));
+        }
         contest.finish()?;
         Ok((samples, remarks))
     });

@@ -26,7 +26,7 @@ use self::verify::Differences;
 use crate::failure::{Doing, Failure, Result, show_name};
 use crate::flight::Flight;
 use crate::out::{Bars, Out};
-use crate::session::{Access, format_device, mount_device, open_device};
+use crate::session::{Access, file_uri, format_device, mount_device, open_device};
 use crate::source::{Limits, Tree, default_tree};
 use crate::transfer::edit::{Change, Task, apply};
 use crate::transfer::import::import;
@@ -76,38 +76,21 @@ pub(crate) struct DemoArgs {
 
 /// Runs the demo.
 pub(crate) fn run(args: &DemoArgs) -> Result<()> {
-    let mut temporary = None;
-    let (uri, force) = match &args.device {
-        Some(uri) => (uri.clone(), args.force),
-        None => {
-            let path = std::env::temp_dir().join(format!("gaur-demo-{}.img", std::process::id()));
-            let uri = format!("file:{}?size={DEFAULT_SIZE}", path.display());
-            temporary = Some(Temporary { path, keep: args.keep });
-            (uri, true)
-        }
-    };
     let mut out = Out::new(args.json);
-    let result = Demo::new(args, &uri, force).and_then(|demo| demo.run(&mut out));
-    if let Some(file) = temporary.filter(|file| file.keep) {
-        out.line(format!("\nlook around: bench ls --device file:{}", file.path.display()))?;
-    }
-    out.flush()?;
-    result
-}
-
-/// The device of a demo that was given none. Dropping it removes the file, unless it is to be kept.
-struct Temporary {
-    path: PathBuf,
-    keep: bool,
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if !self.keep {
-            // Nothing depends on it: a file that cannot be removed is only rubbish.
-            let _ = std::fs::remove_file(&self.path);
+    let Some(uri) = &args.device else {
+        let path = std::env::temp_dir().join(format!("gaur-demo-{}.img", std::process::id()));
+        let demo = Demo::new(args, &format!("{}?size={DEFAULT_SIZE}", file_uri(&path)), true)?;
+        if !args.keep {
+            // The open device needs no name, and without one nothing is left behind, however the demo ends.
+            let _ = std::fs::remove_file(&path);
         }
-    }
+        demo.run(&mut out)?;
+        if args.keep {
+            out.line(format!("look around: bench ls --device {}", file_uri(&path)))?;
+        }
+        return out.flush();
+    };
+    Demo::new(args, uri, args.force)?.run(&mut out)
 }
 
 /// A run of the demo.
@@ -208,6 +191,11 @@ impl<'a> Demo<'a> {
         let bar = self.bars.bytes("read the source", tree.bytes());
         tree.warm(&|bytes| bar.inc(bytes));
         bar.finish_and_clear();
+        if tree.items.is_empty() {
+            return Err(Failure::new(
+                "none of the files can be read; name another directory with --import DIR",
+            ));
+        }
         let note = "once, so that the import measures the filesystem and not the host's disk";
         out.line_now(step("read the source", started.elapsed(), note.to_owned()))?;
 
@@ -309,14 +297,13 @@ impl<'a> Demo<'a> {
 
     fn durable(&mut self, channel: &Channel, out: &mut Out) -> Result<()> {
         let bar = self.bars.spinner("durable overwrites");
-        let before = self.device_bytes_written();
-        let seed = self.args.seed ^ 0xd07ab1e;
-        let probe = probe::durable_overwrites(channel, &mut self.model, self.args.probe_time, seed)?;
+        let (seed, counter) = (self.args.seed ^ 0xd07ab1e, Arc::clone(&self.counter));
+        let written = move || device_bytes_written(&counter);
+        let (probe, written) =
+            probe::durable_overwrites(channel, &mut self.model, self.args.probe_time, seed, written)?;
         bar.finish_and_clear();
         let rate = units::per_second(probe.operations as f64, probe.time);
         self.report.durable_overwrite_4k_per_s = rate;
-        // The file itself was written once before; that is neither of the two.
-        let written = (self.device_bytes_written() - before).saturating_sub(probe::DURABLE_SIZE);
         self.report.device_bytes_per_durable_byte = ratio(written, probe.operations * 4096);
         out.line_now(step("durable overwrites", probe.time, format!("{} per s", units::figure(rate))))
     }
@@ -394,10 +381,8 @@ impl<'a> Demo<'a> {
         out.line_now(step("check", started.elapsed(), note))
     }
 
-    /// Bytes that went to the device so far, of every kind.
     fn device_bytes_written(&self) -> u64 {
-        let counts = self.counter.counts();
-        counts.writes.bytes + counts.zeroes.bytes
+        device_bytes_written(&self.counter)
     }
 
     fn space(&mut self, channel: &Channel) -> Result<()> {
@@ -435,6 +420,12 @@ impl<'a> Demo<'a> {
 
 fn step(what: &str, time: Duration, note: String) -> String {
     format!("{what:<20} {:>9}   {note}", units::time(time)).trim_end().to_owned()
+}
+
+/// Bytes that went to the device so far, of every kind.
+fn device_bytes_written(counter: &CountingDevice) -> u64 {
+    let counts = counter.counts();
+    counts.writes.bytes + counts.zeroes.bytes
 }
 
 fn ratio(device_bytes: u64, user_bytes: u64) -> f64 {

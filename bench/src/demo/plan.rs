@@ -13,6 +13,8 @@ use crate::transfer::edit::{Change, Task};
 const OVERWRITTEN_FILES: usize = 4000;
 /// Longest single overwrite, in bytes.
 const OVERWRITE_MAX: u64 = 64 << 10;
+/// Longest overwrite that may end beyond the end of its file: the demo must fit on small devices too.
+const GROWTH_BY_WRITE_MAX: u64 = 16 << 10;
 /// Bytes by which a file grows at most when it is truncated upwards.
 const GROWTH_MAX: u64 = 1 << 20;
 /// Files are deleted in order to leave two thirds.
@@ -30,9 +32,11 @@ pub(crate) fn overwrites(model: &mut Model, rng: &mut SmallRng) -> Vec<Task> {
                 if rng.random_bool(0.5) {
                     (offset, len) = (offset & !4095, len.next_multiple_of(4096));
                 }
-                if rng.random_bool(0.9) {
-                    len = len.min(file_size - offset);
-                }
+                len = if rng.random_bool(0.95) {
+                    len.min(file_size - offset)
+                } else {
+                    len.min(GROWTH_BY_WRITE_MAX)
+                };
                 Change::Write { offset, len: len as usize, seed: rng.random() }
             })
             .collect()

@@ -16,8 +16,8 @@ use crate::transfer::edit::{Change, pattern};
 const BLOCK: usize = 4096;
 /// The file that the durable overwrites go to.
 pub(crate) const DURABLE_NAME: &[u8] = b"gaur-demo/durable-overwrites";
-/// Its size in bytes.
-pub(crate) const DURABLE_SIZE: u64 = 16 << 20;
+/// Its size in bytes at most.
+const DURABLE_SIZE_MAX: u64 = 16 << 20;
 /// Overwrites at most: each is replayed when the file is verified.
 const DURABLE_MAX: u64 = 100_000;
 /// Reads in flight.
@@ -35,39 +35,44 @@ pub(crate) struct Probe {
 }
 
 /// Overwrites random blocks of a file for `duration`, each followed by a sync, one at a time. The file becomes part of
-/// the model, so every one of these writes is verified after the remount.
+/// the model, so every one of these writes is verified after the remount. The second figure is how much `device_bytes` grew
+/// meanwhile.
 pub(crate) fn durable_overwrites(
     channel: &Channel,
     model: &mut Model,
     duration: Duration,
     seed: u64,
-) -> Result<Probe> {
+    device_bytes: impl Fn() -> u64,
+) -> Result<(Probe, u64)> {
     let mut rng = SmallRng::seed_from_u64(seed);
     let flags = OpenFlags::CREATE | OpenFlags::TRUNCATE;
     let file = channel.open(DURABLE_NAME, flags).doing("create the file for durable overwrites")?;
     let mut expected = Expected::default();
-    let mut block = vec![0; DURABLE_SIZE as usize];
+    let free = channel.statfs().doing("ask for the free space")?.free_bytes;
+    let blocks = (DURABLE_SIZE_MAX.min(free / 8) / BLOCK as u64).max(1);
+    let mut block = vec![0; blocks as usize * BLOCK];
     pattern(seed, 0, &mut block);
     let first = Change::Write { offset: 0, len: block.len(), seed };
     channel.write(&file, 0, &block).doing("write the file for durable overwrites")?;
     channel.sync_file(&file).doing("sync the file for durable overwrites")?;
     expected.change(first);
 
+    let before = device_bytes();
     let started = Instant::now();
     let mut operations = 0;
     let block = &mut block[..BLOCK];
     while operations < DURABLE_MAX && started.elapsed() < duration {
-        let (offset, seed) = (rng.random_range(0..DURABLE_SIZE / BLOCK as u64) * BLOCK as u64, rng.random());
+        let (offset, seed) = (rng.random_range(0..blocks) * BLOCK as u64, rng.random());
         pattern(seed, offset, block);
         channel.write(&file, offset, block).doing("overwrite a block")?;
         channel.sync_file(&file).doing("sync an overwritten block")?;
         expected.change(Change::Write { offset, len: BLOCK, seed });
         operations += 1;
     }
-    let time = started.elapsed();
+    let (time, written) = (started.elapsed(), device_bytes() - before);
     channel.close(file).doing("close the file for durable overwrites")?;
     model.insert(DURABLE_NAME.to_vec(), expected);
-    Ok(Probe { operations, time })
+    Ok((Probe { operations, time }, written))
 }
 
 /// Reads random blocks of many files for `duration`, [`READ_DEPTH`] in flight.

@@ -198,3 +198,78 @@ impl Comparer<'_> {
         ));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use fs_core::{Filesystem, OpenFlags};
+
+    use super::*;
+    use crate::out::Bars;
+    use crate::session::{Access, format_device, mount_device, open_device};
+    use crate::source::Tree;
+    use crate::transfer::import::import;
+
+    /// A mounted filesystem with the files of `source`, and the model of it.
+    fn imported(source: &Path) -> (Arc<dyn Device>, Filesystem, Model) {
+        let device = open_device("mem:64MiB", Access::Create).unwrap();
+        format_device(&device, "test", false).unwrap();
+        let fs = mount_device(&device, false).unwrap();
+        let tree = Tree::scan(source, b"").unwrap();
+        let channel = fs.channel().unwrap();
+        let sizes = import(&channel, &device, &tree.items, OpenFlags::CREATE, &mut |_| {}).unwrap();
+        let files = tree.items.into_iter().zip(sizes);
+        (device, fs, files.map(|(item, size)| (item.name, Expected::imported(item.host, size))).collect())
+    }
+
+    #[test]
+    fn one_differing_byte_is_found_and_named() {
+        let source = tempfile::tempdir().unwrap();
+        let path = source.path().join("large");
+        let mut bytes = vec![1; 700_000];
+        std::fs::write(&path, &bytes).unwrap();
+        std::fs::write(source.path().join("small"), b"x").unwrap();
+        let (device, fs, mut model) = imported(source.path());
+        let channel = fs.channel().unwrap();
+        let bar = Bars::new(true).steps("", 0);
+        let compare = |model: &Model| contents(&channel, &device, model, SystemTime::now(), &bar).unwrap();
+        assert_eq!(compare(&model).total, 0);
+
+        bytes[300_000] = 2;
+        std::fs::write(&path, &bytes).unwrap();
+        let found = compare(&model);
+        assert_eq!(found.total, 1);
+        assert!(
+            found.reported[0].contains("'large' differs at byte 300000: found 0x01, must be 0x02"),
+            "{found:?}"
+        );
+
+        model.get_mut(b"small".as_slice()).unwrap().size = 5;
+        let found = compare(&model);
+        assert_eq!(found.total, 2);
+        assert!(found.reported.iter().any(|what| what == "'small' has 1 bytes and must have 5"), "{found:?}");
+    }
+
+    #[test]
+    fn missing_and_surplus_names_are_found() {
+        let source = tempfile::tempdir().unwrap();
+        for name in ["a", "b", "d"] {
+            std::fs::write(source.path().join(name), name).unwrap();
+        }
+        let (_, fs, mut model) = imported(source.path());
+        let channel = fs.channel().unwrap();
+        assert_eq!(listing(&channel, &model).unwrap().total, 0);
+        model.remove(b"b".as_slice());
+        for name in ["c", "e"] {
+            model.insert(name.into(), Expected::default());
+        }
+        let found = listing(&channel, &model).unwrap();
+        let expected = [
+            "'b' is listed but must not exist",
+            "'c' is missing from the listing",
+            "'e' is missing from the listing",
+        ];
+        assert_eq!((found.total, found.reported.as_slice()), (3, expected.map(str::to_owned).as_slice()));
+    }
+}

@@ -12,6 +12,7 @@ use std::fs::File as HostFile;
 use std::sync::{Arc, Barrier};
 use std::thread;
 
+use bdev_adapter::blocking::BlockingIo;
 use bdev_adapter::{Claim, Device};
 use fs_core::{Channel, File, Filesystem, OpenFlags};
 
@@ -52,7 +53,7 @@ pub(crate) fn run(args: &RunArgs) -> Result<()> {
 
 fn run_on_files(args: &RunArgs, device: &Arc<dyn Device>) -> Result<Vec<JobStats>> {
     // A memory device is always empty: there is nothing that could be lost.
-    if args.format || args.device.device.starts_with("mem:") {
+    if args.format || args.is_volatile() {
         format_device(device, "bench", args.force)?;
     }
     let fs = mount_device(device, false)?;
@@ -127,6 +128,9 @@ fn run_on_device(args: &RunArgs, device: &Arc<dyn Device>) -> Result<Vec<JobStat
         )));
     }
     let _claim = Claim::take(device).doing("take the device")?;
+    if args.rw.reads() && args.is_volatile() {
+        fill_device(args, device)?;
+    }
     let start = Barrier::new(args.numjobs);
     in_threads(args, |number| {
         let lane = RawLane::new(device, number as u64 * args.size);
@@ -134,6 +138,22 @@ fn run_on_device(args: &RunArgs, device: &Arc<dyn Device>) -> Result<Vec<JobStat
         start.wait();
         job::run(args, number, &mut lane?, buffers?)
     })
+}
+
+/// Writes all that the jobs will read. Memory that was never written is one shared page of zeroes, and reading that would
+/// flatter the device.
+fn fill_device(args: &RunArgs, device: &Arc<dyn Device>) -> Result<()> {
+    let mut io = BlockingIo::new(device).doing("open a queue pair of the device")?;
+    let mut piece = vec![0; LAYOUT_PIECE];
+    crate::transfer::edit::pattern(args.randseed, 0, &mut piece);
+    let end = args.size * args.numjobs as u64;
+    for at in (0..end).step_by(LAYOUT_PIECE) {
+        // Sizes of devices and I/Os are multiples of the block, and so is what is left at the end.
+        let block = u64::from(device.geometry().block_size);
+        let len = (end - at).next_multiple_of(block).min(LAYOUT_PIECE as u64) as usize;
+        io.write(at, &piece[..len]).doing("lay out the device")?;
+    }
+    Ok(())
 }
 
 /// Runs every job in a thread of its own.

@@ -182,8 +182,7 @@ impl RunArgs {
         if !(1..=JOBS_MAX).contains(&self.numjobs) {
             return complain("--numjobs must be from 1 to 1024");
         }
-        let volatile = self.device.device.starts_with("mem:");
-        if self.target == Target::Raw && self.rw.writes() && !self.force && !volatile {
+        if self.target == Target::Raw && self.rw.writes() && !self.force && !self.is_volatile() {
             return complain(
                 "writing to the raw device destroys what is on it; add --force if that is what you want",
             );
@@ -192,6 +191,11 @@ impl RunArgs {
             return complain("--verify needs writes: only what was written can be verified");
         }
         Ok(())
+    }
+
+    /// True when the device begins empty and ends with this command.
+    pub(crate) fn is_volatile(&self) -> bool {
+        self.device.device.starts_with("mem:")
     }
 
     /// Bytes of one I/O.

@@ -1,5 +1,7 @@
 //! Changes to many files at once: each file's steps run in order, the files beside each other.
 
+use std::fmt;
+
 use bdev_adapter::DmaBuf;
 use fs_core::{Channel, Completion, File, OpenFlags, Operation, Output};
 
@@ -18,6 +20,15 @@ pub(crate) enum Change {
     Write { offset: u64, len: usize, seed: u64 },
     /// Makes the file `size` bytes long.
     Truncate { size: u64 },
+}
+
+impl fmt::Display for Change {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Change::Write { offset, len, .. } => write!(f, "write {len} bytes at byte {offset} of"),
+            Change::Truncate { size } => write!(f, "truncate to {size} bytes"),
+        }
+    }
 }
 
 /// A file and what is to be done with it.
@@ -97,7 +108,7 @@ impl<'t> Editor<'_, 't> {
                 self.change(task, file, 0)?;
             }
             Step::Changing { task, file, at, rest } => {
-                completion.result.doing(format!("{:?} '{}'", task.changes[at], show_name(&task.name)))?;
+                completion.result.doing(format!("{} '{}'", task.changes[at], show_name(&task.name)))?;
                 if let Some(buf) = completion.buf {
                     self.spare.push(Part::whole(buf, rest));
                 }

@@ -19,13 +19,13 @@ impl Allocator {
             }
             let Some(group) = group else { continue };
             dirty_groups += usize::from(group.dirty);
-            for i in 0..group.count {
+            for i in 0..group.count() {
                 let region = (number * super::group::REGIONS + i) as u32;
                 self.check_region(group, i, region)
                     .map_err(|what| format!("{:?}: {what}", RegionId(region)))?;
                 free += u64::from(group.free(i));
                 avail += u64::from(group.avail(i));
-                dirty_regions += usize::from(group.region(i).is_some_and(|r| r.dirty));
+                dirty_regions += usize::from(group.is_dirty(i));
             }
         }
         if self.unloaded.is_empty() && free != self.free_persist {
@@ -46,7 +46,7 @@ impl Allocator {
 
     fn check_region(&self, group: &Group, i: usize, region: u32) -> Result<(), String> {
         let standing = group.standing(i);
-        let mut owned = false;
+        let owned = group.owner(i).is_some();
         if let Some(loaded) = group.region(i) {
             let (used, avail) = loaded.audit()?;
             if avail != group.avail(i) || loaded.blocks() - used != group.free(i) {
@@ -56,9 +56,8 @@ impl Allocator {
             if longest > group.longest(i) {
                 return Err(format!("a run of {longest} blocks, bound {}", group.longest(i)));
             }
-            owned = loaded.owner.is_some();
-        } else if group.free(i) != group.avail(i) {
-            return Err("frozen blocks, but not loaded".to_owned());
+        } else if owned || group.is_dirty(i) || group.free(i) != group.avail(i) {
+            return Err("frozen, dirty or owned, but not loaded".to_owned());
         }
         for (index, figure) in [(&self.by_count, standing.avail), (&self.by_run, standing.longest)] {
             for class in 1..CLASSES {
@@ -98,7 +97,7 @@ impl Allocator {
         for (s, stream) in self.streams.iter().enumerate() {
             for region in stream.owned() {
                 owned += 1;
-                if self.region(region).and_then(|r| r.owner) != Some(s as u8) {
+                if self.owner(region) != Some(s as u8) {
                     return Err(format!("stream {s} does not own {:?}", RegionId(region)));
                 }
             }
@@ -106,11 +105,21 @@ impl Allocator {
                 return Err(format!("stream {s} was promised {} blocks and lacks them", stream.promise));
             }
         }
-        let flagged =
-            self.loaded.iter().filter(|&&r| self.region(r).is_some_and(|r| r.owner.is_some())).count();
+        let popped = self
+            .loaded
+            .iter()
+            .filter(|&&region| self.group(region).is_some_and(|(group, i)| group.is_popped(i)));
+        if popped.count() != self.popped.len() {
+            return Err("popped flags and list differ".to_owned());
+        }
+        let flagged = self.loaded.iter().filter(|&&region| self.owner(region).is_some()).count();
         if flagged != owned {
             return Err(format!("{flagged} regions have an owner, streams own {owned}"));
         }
         Ok(())
+    }
+
+    fn owner(&self, region: u32) -> Option<u8> {
+        self.group(region).and_then(|(group, i)| group.owner(i))
     }
 }

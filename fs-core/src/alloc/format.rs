@@ -55,25 +55,26 @@ const _: () =
     assert!(size_of::<RegionHeader>() == 4 && size_of::<RunEntry>() == 4 && size_of::<GroupHeader>() == 4);
 const _: () = assert!(REGION_VALUE_MAX == 1028 && GROUP_VALUE_MAX == 1028);
 
-/// Appends the value of a region whose `persist` bitmap this is.
-pub(super) fn encode_region(persist: &[u64; WORDS], out: &mut Vec<u8>) {
-    let used: u32 = persist.iter().map(|word| word.count_ones()).sum();
-    let runs = count_runs(persist);
-    let kind = if runs <= RUNS_MAX { KIND_RUNS } else { KIND_BITMAP };
-    let header = RegionHeader { kind, reserved: 0, used: U16::new(used as u16) };
-    out.extend_from_slice(header.as_bytes());
-    if kind == KIND_RUNS {
-        let mut at = 0;
-        while let Some(run) = next_used(persist, at) {
-            let entry = RunEntry { start: U16::new(run.start as u16), len: U16::new(run.len as u16) };
-            out.extend_from_slice(entry.as_bytes());
-            at = run.start + run.len;
-        }
-    } else {
-        for word in persist {
-            out.extend_from_slice(&word.to_le_bytes());
-        }
+/// Appends the value of a region whose `persist` bitmap this is, with `used` blocks in use.
+pub(super) fn encode_region(persist: &[u64; WORDS], used: u32, out: &mut Vec<u8>) {
+    if count_runs(persist) > RUNS_MAX {
+        return encode_region_largest(persist, used, out);
     }
+    let header = RegionHeader { kind: KIND_RUNS, reserved: 0, used: U16::new(used as u16) };
+    out.extend_from_slice(header.as_bytes());
+    let mut at = 0;
+    while let Some(run) = next_used(persist, at) {
+        let entry = RunEntry { start: U16::new(run.start as u16), len: U16::new(run.len as u16) };
+        out.extend_from_slice(entry.as_bytes());
+        at = run.start + run.len;
+    }
+}
+
+/// Appends the value of a region as a bitmap, its largest form, whatever is in it.
+pub(super) fn encode_region_largest(persist: &[u64; WORDS], used: u32, out: &mut Vec<u8>) {
+    let header = RegionHeader { kind: KIND_BITMAP, reserved: 0, used: U16::new(used as u16) };
+    out.extend_from_slice(header.as_bytes());
+    out.extend_from_slice(persist.map(U64::<LE>::new).as_bytes());
 }
 
 /// The `persist` bitmap that a stored value of a region of `blocks` blocks describes, and its blocks in use; or what is
@@ -193,14 +194,4 @@ fn count_runs(persist: &[u64; WORDS]) -> usize {
         before = word >> 63;
     }
     runs
-}
-
-/// The value of a region in its largest form, whatever is in it.
-pub(super) fn encode_region_largest(persist: &[u64; WORDS], out: &mut Vec<u8>) {
-    let used: u32 = persist.iter().map(|word| word.count_ones()).sum();
-    let header = RegionHeader { kind: KIND_BITMAP, reserved: 0, used: U16::new(used as u16) };
-    out.extend_from_slice(header.as_bytes());
-    for word in persist {
-        out.extend_from_slice(&word.to_le_bytes());
-    }
 }

@@ -44,7 +44,9 @@
 //!    only finitely many stores can allocate, and a store that neither allocates nor frees dirties nothing. For this the
 //!    caller must change nodes already copied in this commit in place, and must not merge nodes during the loop; splits
 //!    are bounded since a value never exceeds [`REGION_VALUE_MAX`], and no value is ever removed. Regions dirtied while
-//!    a pass runs wait for the next pass, so that a pass encodes each region at most once. Three passes are typical.
+//!    a pass runs wait for the next pass, so that a pass encodes each region at most once; two passes are typical. (Or the
+//!    caller runs the loop before step 2, storing [`Allocator::encode_region_largest`], and repeats the stores after it:
+//!    then nothing grows, no node is copied, and the second time is a single pass.)
 //! 4. [`Allocator::persisted_free`] goes into the superblock; [`Allocator::end_commit`]; `ensure_ready` with 0 gives up
 //!    what is left of the promise. Operations of the next generation may now run while the nodes are written.
 //! 5. When the superblock is durable and the generation unread: [`Allocator::release`].
@@ -75,9 +77,6 @@
 //!
 //! Sources: the two-level bitmap with summary words is that of TigerBeetle's `free_set.zig`; the deferred frees follow
 //! btrfs (pinned extents) and fxfs `allocator.rs`; per-stream regions follow F2FS's active logs.
-
-// The bench reaches this module through the `internals` feature only.
-#![cfg_attr(not(feature = "internals"), allow(unreachable_pub))]
 
 mod bits;
 mod check;

@@ -8,7 +8,8 @@
 //! 3. In another region, which becomes the stream's own (`elsewhere`): one that [`Allocator::ensure_ready`] set aside; for
 //!    few blocks the region with the most available ones, so that it lasts; for many the region with the longest run. "Most"
 //!    means the highest class of the index, and in it the next region upward, so that an empty device fills in order.
-//! 4. If nothing long enough turned up within [`SEARCH_REGIONS`] regions: the longest run that is known (`longest_known`).
+//! 4. If nothing long enough turned up within [`SEARCH_REGIONS`] regions: a run of the longest class that is known
+//!    (`longest_known`).
 //! 5. Any run of the minimum length: remaining groups are loaded, and other streams' regions are used as far as they were
 //!    not promised (`borrow_from_streams`).
 //!
@@ -150,7 +151,7 @@ impl Allocator {
         self.check_range(Run::new(at, 1)).ok()?;
         let (region, Span { start, .. }) = pieces(Run::new(at, 1)).next()?;
         let loaded = self.region(region)?;
-        if loaded.owner.is_some_and(|owner| usize::from(owner) != s) {
+        if !self.may_use(s, region) {
             return None;
         }
         let len = loaded.available_from(start, want);
@@ -276,27 +277,38 @@ impl Allocator {
         Ok(None)
     }
 
-    /// Step 4: the best of the own regions, what the search came by, and what the index has in a higher class.
+    /// Step 4: a run of the own regions' longest class, unless a region with a run of a higher class is found; then that.
     fn longest_known(&mut self, s: usize, want: u32, min: u32) -> Result<Option<(u32, Span)>, Stop> {
-        let mut best: Option<(u32, u32)> = None;
-        let owned: SmallVec<[u32; 8]> = self.streams[s].owned().collect();
-        for region in owned {
-            let known = best.map_or(0, |(_, len)| len);
-            if self.group(region).is_some_and(|(group, i)| group.longest(i) > known) {
-                let len = self.measure(region).len;
-                best = if len > known { Some((region, len)) } else { best };
+        loop {
+            let own = self.longest_owned(s);
+            let own_class = own.map_or(0, |(_, bound)| class_of(bound));
+            self.seek_longest(s, own_class)?;
+            let seen = self.streams[s].search.best.filter(|&(region, len)| {
+                // The region may have gone to another stream, or out of memory, while something was loaded.
+                class_of(len) > own_class && self.region(region).is_some() && self.may_use(s, region)
+            });
+            if let Some((region, _)) = seen {
+                let span = self.measure(region);
+                return Ok((span.len >= min)
+                    .then_some((region, Span { start: span.start, len: span.len.min(want) })));
             }
+            let Some((region, bound)) = own.filter(|&(_, bound)| bound >= min) else { return Ok(None) };
+            let from = if self.streams[s].region == Some(region) { self.streams[s].cursor } else { 0 };
+            let loaded = self.region(region).expect("a stream's region stays loaded");
+            // The largest power of two within the bound: more than half of the longest run, and found without measuring.
+            if let Some(start) = loaded.find(from, min.max(1 << bound.ilog2())) {
+                return Ok(Some((region, Span { start, len: loaded.available_from(start, want) })));
+            }
+            // The bound was too high. It is exact now, so that this region is not measured a second time.
+            self.measure(region);
         }
-        self.seek_longest(s, best.map_or(0, |(_, len)| class_of(len)))?;
-        let seen = self.streams[s].search.best.filter(|&(region, _)| {
-            // The region may have gone to another stream, or out of memory, while something was loaded.
-            self.region(region).is_some_and(|r| r.owner.is_none_or(|owner| usize::from(owner) == s))
-        });
-        // Staying saves a region switch: only twice as much is worth it.
-        let best = seen.filter(|&(_, len)| best.is_none_or(|(_, own)| len >= 2 * own)).or(best);
-        let Some((region, _)) = best else { return Ok(None) };
-        let span = self.measure(region);
-        Ok((span.len >= min).then_some((region, Span { start: span.start, len: span.len.min(want) })))
+    }
+
+    /// Of the stream's own regions the one with the highest bound (> 0) of its longest run, and the bound.
+    fn longest_owned(&self, s: usize) -> Option<(u32, u32)> {
+        let bound = |region| self.group(region).map_or(0, |(group, i)| group.longest(i));
+        let owned = self.streams[s].owned().map(|region| (region, bound(region)));
+        owned.filter(|&(_, bound)| bound > 0).max_by_key(|&(_, bound)| bound)
     }
 
     /// Measures regions whose longest run may be of a class above `floor`, within the bounds of the search, until one keeps
@@ -460,15 +472,21 @@ impl Allocator {
 
     // ---- ownership
 
+    /// No other stream fills this region.
+    fn may_use(&self, s: usize, region: u32) -> bool {
+        let owner = self.group(region).and_then(|(group, i)| group.owner(i));
+        owner.is_none_or(|owner| usize::from(owner) == s)
+    }
+
     fn own(&mut self, s: usize, region: u32) {
         self.leave_indices(region);
         let (group, i) = split_mut(&mut self.groups, region).expect("only loaded regions are owned");
-        group.region_mut(i).expect("only loaded regions are owned").owner = Some(s as u8);
+        group.set_owner(i, Some(s as u8));
     }
 
     fn disown(&mut self, region: u32) {
         let (group, i) = split_mut(&mut self.groups, region).expect("an owned region is loaded");
-        group.region_mut(i).expect("an owned region is loaded").owner = None;
+        group.set_owner(i, None);
         self.enter_indices(region);
     }
 
@@ -508,7 +526,7 @@ impl Allocator {
             }
             state.ready.retain(|ready| *ready != region);
             let (group, i) = split_mut(&mut self.groups, region).expect("an owned region is loaded");
-            group.region_mut(i).expect("an owned region is loaded").owner = Some(s as u8);
+            group.set_owner(i, Some(s as u8));
             self.streams[s].ready.push(region);
             return Some(self.owned_available(s));
         }

@@ -2,7 +2,8 @@
 //!
 //! The two bitmaps are interleaved word by word, since an allocation and a free touch both: one cache line, not two.
 //! `any` and `full` have one bit a word: the word has an available block, all its blocks are available. Every search looks
-//! at words named by a summary only. Positions are blocks from the region's start. Callers have checked their ranges and
+//! at words named by a summary only. A free of a cold region must cost one cache miss: that of its word; so the summaries
+//! are touched only if they change, and the counts are elsewhere (`group`). Positions are blocks from the region's start. Callers have checked their ranges and
 //! that the bits are in the state that the method expects; a wrong state is a bug and asserts in debug builds.
 
 use super::bits::{WORD, longest_in_word, run_in_word, spans};
@@ -39,22 +40,15 @@ pub(super) struct Region {
     full: u128,
     /// Blocks of the region; positions from here on are neither persist nor avail.
     len: u32,
-    /// Index of the stream that fills it.
-    pub(super) owner: Option<u8>,
-    /// Differs from what was encoded last; it is in the dirty queue.
-    pub(super) dirty: bool,
-    /// Touched since the eviction clock came by.
-    pub(super) touched: bool,
 }
 
 impl Region {
     /// A region of `len` blocks as its stored bitmap says; everything that is free is available.
     pub(super) fn from_persist(persist: &[u64; WORDS], len: u32) -> Region {
         let words = persist.map(|persist| Word { persist, avail: 0 });
-        let mut region = Region { words, any: 0, full: 0, len, owner: None, dirty: false, touched: true };
+        let mut region = Region { words, any: 0, full: 0, len };
         for (w, mask) in spans(0, len) {
-            region.words[w].avail = !region.words[w].persist & mask;
-            region.summarize(w);
+            region.set_avail(w, !region.words[w].persist & mask);
         }
         region
     }
@@ -71,8 +65,8 @@ impl Region {
             let word = &mut self.words[w];
             debug_assert_eq!(word.avail & mask, mask, "handed out twice");
             word.persist |= mask;
-            word.avail &= !mask;
-            self.summarize(w);
+            let avail = word.avail & !mask;
+            self.set_avail(w, avail);
         }
     }
 
@@ -95,23 +89,30 @@ impl Region {
     /// Frozen -> available. Returns the length of the available run that the blocks are now part of.
     pub(super) fn make_available(&mut self, span: Span) -> u32 {
         for (w, mask) in spans(span.start, span.len) {
-            let word = &mut self.words[w];
+            let word = self.words[w];
             debug_assert_eq!((word.persist | word.avail) & mask, 0, "not frozen");
-            word.avail |= mask;
-            self.summarize(w);
+            self.set_avail(w, word.avail | mask);
         }
         let after = span.start + span.len;
         self.available_before(span.start) + span.len + self.available_from(after, BITS)
     }
 
-    fn summarize(&mut self, w: usize) {
-        let avail = self.words[w].avail;
-        let bit = 1u128 << w;
-        self.any = if avail != 0 { self.any | bit } else { self.any & !bit };
-        self.full = if avail == u64::MAX { self.full | bit } else { self.full & !bit };
+    fn set_avail(&mut self, w: usize, avail: u64) {
+        let old = std::mem::replace(&mut self.words[w].avail, avail);
+        if (old == 0) != (avail == 0) {
+            self.any ^= 1 << w;
+        }
+        if (old == u64::MAX) != (avail == u64::MAX) {
+            self.full ^= 1 << w;
+        }
     }
 
     // ---- questions
+
+    /// Reads all that a change at this position touches. The value means nothing.
+    pub(super) fn peek(&self, at: u32) -> u64 {
+        self.words[(at / WORD) as usize].avail ^ self.any as u64
+    }
 
     /// All blocks are in use.
     pub(super) fn is_used(&self, span: Span) -> bool {

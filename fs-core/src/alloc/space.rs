@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 use super::bits::BitTree;
 use super::commit::{Commit, DirtyQueue, Freed};
 use super::format;
-use super::group::{Group, REGIONS, Standing};
+use super::group::{GROUP_BYTES, Group, REGIONS, Standing};
 use super::index::{Index, class_of};
 use super::place::StreamState;
 use super::region::{BITS, Region, Span, WORDS};
@@ -34,7 +34,7 @@ pub struct Counts {
 /// The space allocator. See the module's documentation.
 pub struct Allocator {
     pub(super) total: u64,
-    pub(super) groups: Vec<Option<Box<Group>>>,
+    pub(super) groups: Vec<Option<Group>>,
     /// Groups whose counts are not in memory.
     pub(super) unloaded: BitTree,
     /// Free blocks that the groups in `unloaded` must have together.
@@ -53,8 +53,12 @@ pub struct Allocator {
     pub(super) pending_blocks: u64,
     /// Frees that wait for `release`, oldest generation first.
     pub(super) frozen_runs: VecDeque<Freed>,
+    /// Emptied lists, for reuse.
+    pub(super) spare_lists: Vec<Vec<Run>>,
     pub(super) dirty_regions: DirtyQueue,
     pub(super) dirty_groups: DirtyQueue,
+    /// Regions taken out of the dirty queue since the last commit ended: they stay loaded until it ends.
+    pub(super) popped: Vec<u32>,
     /// The commit between `begin_commit` and `end_commit`.
     pub(super) commit: Option<Commit>,
     /// Generation of the last commit that was begun.
@@ -90,8 +94,10 @@ impl Allocator {
             pending: SmallVec::new(),
             pending_blocks: 0,
             frozen_runs: VecDeque::new(),
+            spare_lists: Vec::new(),
             dirty_regions: DirtyQueue::default(),
             dirty_groups: DirtyQueue::default(),
+            popped: Vec::new(),
             commit: None,
             last_commit: Generation(0),
             loaded: Vec::new(),
@@ -148,10 +154,10 @@ impl Allocator {
     /// Bytes of memory, approximately.
     pub fn memory_bytes(&self) -> usize {
         let groups = self.groups.iter().flatten().count();
-        let lists =
-            self.pending.iter().chain(&self.frozen_runs).map(|freed| freed.runs.capacity()).sum::<usize>();
+        let lists = self.pending.iter().chain(&self.frozen_runs).map(|freed| &freed.runs);
+        let lists: usize = lists.chain(&self.spare_lists).map(Vec::capacity).sum();
         self.loaded.len() * (size_of::<Region>() + size_of::<u32>())
-            + groups * size_of::<Group>()
+            + groups * GROUP_BYTES
             + self.by_count.memory()
             + self.by_run.memory()
             + lists * size_of::<Run>()
@@ -188,7 +194,7 @@ impl Allocator {
         };
         self.unloaded_free = left;
         self.unloaded.clear(at);
-        self.groups[at] = Some(Group::new(count, free));
+        self.groups[at] = Some(Group::new(&free[..count]));
         for region in first..first + count as u32 {
             self.enter_indices(region);
         }
@@ -230,7 +236,7 @@ impl Allocator {
     }
 
     /// Drops bitmaps of regions until at most `max_loaded_regions` are in memory, as far as there are regions that are
-    /// clean, not a stream's own, and without frozen blocks; recently used ones last. Counts stay. Does nothing during a
+    /// clean (stored by a commit that has ended), not a stream's own, and without frozen blocks; recently used ones last. Counts stay. Does nothing during a
     /// commit. Not to be called between a [`super::Stop::Load`] and the repeated call.
     pub fn evict_clean(&mut self, max_loaded_regions: usize) {
         if self.commit.is_some() {
@@ -246,8 +252,7 @@ impl Allocator {
             }
             let region = self.loaded[self.hand];
             let (group, i) = split_mut(&mut self.groups, region).expect("a loaded region has its group");
-            let touched = group.region_mut(i).is_some_and(|r| std::mem::take(&mut r.touched));
-            if touched || !group.is_idle(i) {
+            if group.untouch(i) || !group.is_idle(i) {
                 self.hand += 1;
             } else {
                 group.detach(i);
@@ -298,7 +303,7 @@ impl Allocator {
 
     /// The group of a region and its place in it, if the group is loaded.
     pub(super) fn group(&self, region: u32) -> Option<(&Group, usize)> {
-        Some((self.groups.get((region >> GROUP_SHIFT) as usize)?.as_deref()?, region as usize % REGIONS))
+        Some((self.groups.get((region >> GROUP_SHIFT) as usize)?.as_ref()?, region as usize % REGIONS))
     }
 
     /// What has to be loaded before this region's bits can be used.
@@ -326,7 +331,7 @@ impl Allocator {
         let before = group.standing(i);
         change(group, i);
         let after = group.standing(i);
-        if group.region(i).is_some_and(|r| r.owner.is_none()) {
+        if group.owner(i).is_none() {
             self.reindex(region, before, after);
         }
     }
@@ -356,9 +361,7 @@ impl Allocator {
     /// Notes that a region and its group differ from what was encoded last.
     pub(super) fn mark_dirty(&mut self, region: u32) {
         let (group, i) = split_mut(&mut self.groups, region).expect("bits change only in a loaded group");
-        let loaded = group.region_mut(i).expect("bits change only in a loaded region");
-        if !loaded.dirty {
-            loaded.dirty = true;
+        if !group.set_dirty(i, true) {
             self.dirty_regions.push(region);
         }
         if !group.dirty {
@@ -397,8 +400,8 @@ impl Iterator for UsedRuns {
 }
 
 /// The loaded group of a region and its place in it, borrowing nothing else.
-pub(super) fn split_mut(groups: &mut [Option<Box<Group>>], region: u32) -> Option<(&mut Group, usize)> {
-    Some((groups.get_mut((region >> GROUP_SHIFT) as usize)?.as_deref_mut()?, region as usize % REGIONS))
+pub(super) fn split_mut(groups: &mut [Option<Group>], region: u32) -> Option<(&mut Group, usize)> {
+    Some((groups.get_mut((region >> GROUP_SHIFT) as usize)?.as_mut()?, region as usize % REGIONS))
 }
 
 /// A run that is in range, cut at the regions' borders: region and place in it.

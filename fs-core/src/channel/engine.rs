@@ -12,10 +12,12 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 
-use bdev_adapter::{QueuePair, Request};
+use bdev_adapter::{IoError, IoErrorKind, QueuePair, Request};
 
-use super::fast_read::FastReads;
+use super::fast_read::{FastReads, Started};
 use super::io::{Io, Shared};
+use super::operation::{Completion, Operation};
+use crate::core::Core;
 
 /// Tags with this bit are fast reads, the others are slots of [`Shared`].
 pub(super) const FAST_READ: u64 = 1 << 63;
@@ -93,6 +95,15 @@ impl Engine {
         self.io.make_ready(index);
     }
 
+    /// Takes an operation over whose answer goes to the channel's results under `tag`.
+    pub(super) fn submit(&mut self, core: &Arc<Core>, operation: Operation, tag: u64) {
+        let (core, io) = (Arc::clone(core), self.io.clone());
+        self.spawn(async move {
+            let (result, buf) = crate::dispatch::run(&core, &io, operation).await;
+            io.results.lock().push(Completion { tag, result, buf });
+        });
+    }
+
     /// Operations that are not finished.
     pub(super) fn active(&self) -> usize {
         self.active + self.reads.active()
@@ -105,7 +116,8 @@ impl Engine {
 
     /// Advances everything that can advance. True when something did.
     pub(super) fn poll(&mut self) -> bool {
-        let mut progress = self.run_ready();
+        let mut progress = self.start_reads();
+        progress |= self.run_ready();
         let Some(queue_pair) = &mut self.queue_pair else { return progress };
         let mut completions = std::mem::take(&mut self.completions);
         if queue_pair.poll(&mut completions) > 0 {
@@ -117,13 +129,32 @@ impl Engine {
                     self.finish_read(completion);
                 }
             }
-            if self.run_ready() {
-                if let Some(queue_pair) = &mut self.queue_pair {
-                    queue_pair.kick();
-                }
+            if self.run_ready()
+                && let Some(queue_pair) = &mut self.queue_pair
+            {
+                queue_pair.kick();
             }
         }
         self.completions = completions;
+        progress
+    }
+
+    /// Starts the reads that were submitted since the last poll.
+    fn start_reads(&mut self) -> bool {
+        let mut progress = false;
+        let mut general = Vec::new();
+        let Engine { reads, queue_pair, .. } = self;
+        let Some(queue_pair) = queue_pair else { return false };
+        while reads.start_some(|started| match started {
+            Started::Fast(request) => queue_pair.submit(request),
+            Started::General(operation, tag) => general.push((operation, tag)),
+        }) {
+            progress = true;
+        }
+        for (operation, tag) in general {
+            let core = Arc::clone(self.reads.core());
+            self.submit(&core, operation, tag);
+        }
         progress
     }
 
@@ -152,9 +183,10 @@ impl Engine {
     fn send_outbox(&mut self) -> bool {
         self.io.drain_outbox(&mut self.outgoing);
         let some = !self.outgoing.is_empty();
-        if let Some(queue_pair) = &mut self.queue_pair {
-            for request in self.outgoing.drain(..) {
-                queue_pair.submit(request);
+        for request in self.outgoing.drain(..) {
+            match &mut self.queue_pair {
+                Some(queue_pair) => queue_pair.submit(request),
+                None => self.io.complete(refused(request)),
             }
         }
         some
@@ -177,4 +209,16 @@ impl Engine {
             queue_pair.wait(timeout);
         }
     }
+}
+
+/// The answer to a request that came after the queue pair was given back: a blocking call of another thread may still be
+/// on its way when the filesystem is unmounted.
+fn refused(request: Request) -> bdev_adapter::Completion {
+    let error = IoError {
+        op: request.kind.name(),
+        offset: request.offset,
+        len: request.len,
+        kind: IoErrorKind::Gone,
+    };
+    bdev_adapter::Completion { tag: request.tag, result: Err(Box::new(error)), bufs: request.bufs, epoch: 0 }
 }

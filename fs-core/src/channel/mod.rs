@@ -154,31 +154,16 @@ impl Channel {
     pub fn submit(&self, operation: Operation, tag: u64) {
         self.in_flight.set(self.in_flight.get() + 1);
         let mut engine = self.shared.engine.lock();
-        let operation = match operation {
-            Operation::Read { file, offset, buf } if engine.queue_pair.is_some() => {
-                match engine.reads.start(file.inner(), offset, buf, tag) {
-                    Ok(request) => {
-                        if let Some(queue_pair) = &mut engine.queue_pair {
-                            queue_pair.submit(request);
-                        }
-                        return;
-                    }
-                    Err(buf) => Operation::Read { file, offset, buf },
-                }
-            }
-            other => other,
-        };
-        let (core, io) = (Arc::clone(&self.core), self.shared.io.clone());
         if engine.queue_pair.is_none() {
             drop(engine);
             let buf = crate::dispatch::into_buf(operation);
-            io.results.lock().push(Completion { tag, result: Err(Error::Unmounted), buf });
+            self.shared.io.results.lock().push(Completion { tag, result: Err(Error::Unmounted), buf });
             return;
         }
-        engine.spawn(async move {
-            let (result, buf) = crate::dispatch::run(&core, &io, operation).await;
-            io.results.lock().push(Completion { tag, result, buf });
-        });
+        match operation {
+            Operation::Read { file, offset, buf } => engine.reads.push(file, offset, buf, tag),
+            other => engine.submit(&self.core, other, tag),
+        }
     }
 
     /// Advances every operation of this channel and appends the answers that are there. Returns how many. Never blocks.

@@ -200,7 +200,11 @@ impl<'w> Draft<'w> {
                 visit(Piece { start: 0, end: SEGMENT_BLOCKS, value, sum: 0 });
             }
             Segment::Tree(root) => {
-                walk(root, (from, to), SEGMENT_BLOCKS, self.reach, &mut visit);
+                let first = find(root, from, self.reach);
+                match first.end < to {
+                    true => walk(root, (from, to), SEGMENT_BLOCKS, self.reach, &mut visit),
+                    false => visit(first),
+                };
             }
         }
         let Some((start, end)) = changed else { return false };

@@ -1,4 +1,5 @@
-//! The memory of the map: nodes, the published view, and their reclamation. All `unsafe` of the module is here.
+//! The memory of the map: nodes, the published view, and their reclamation. All `unsafe` of the module is here (but for the
+//! processor instructions in [`super::cpu`]).
 //!
 //! How it holds together:
 //!
@@ -14,17 +15,16 @@
 //! that was itself reached under the same [`Reach`], or made by the writer that holds it and not published yet.
 
 use std::alloc::{self, Layout};
+use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use crossbeam_epoch::{Atomic, Guard, Owned};
 
-use super::mapping::Cell;
+use super::cpu::prefetch;
 use super::mutation::{Mutation, broken};
-use super::node::{
-    Child, Directory, Inner, InnerGroup, LINE, Leaf, LeafGroup, MAX_GROUPS, inner_parts, leaf_parts,
-};
+use super::node::{Directory, Group, Inner, InnerGroup, LINE, Leaf, LeafGroup, MAX_GROUPS};
 
 /// Keeps what a reader has reached alive. Costs some 6 ns; never hold one across an I/O: reclamation waits for it.
 #[derive(Debug)]
@@ -95,6 +95,13 @@ impl NodeRef {
         unsafe { Layout::from_size_align_unchecked((groups + 1) * LINE, LINE) }
     }
 
+    /// The node's first line, which is the same in both kinds.
+    #[inline(always)]
+    pub(super) fn directory<'g>(self, _reach: Reach<'g>) -> &'g Directory {
+        // SAFETY: `new` wrote a directory at `base`; as in `open`, it stays as it is during 'g.
+        unsafe { &*self.base().cast::<Directory>() }
+    }
+
     /// The node's content.
     #[inline(always)]
     pub(super) fn open<'g>(self, _reach: Reach<'g>) -> Node<'g> {
@@ -124,27 +131,34 @@ impl NodeRef {
         prefetch(self.base().wrapping_add(line * LINE));
     }
 
-    /// A node of `groups` groups of type `G`, which the kind bit must tell.
-    fn new<G>(kind: usize, directory: Directory, groups: impl ExactSizeIterator<Item = G>) -> NodeRef {
+    /// Asks for all lines of the node.
+    #[inline(always)]
+    pub(super) fn prefetch_all(self) {
+        (0..=self.groups()).for_each(|line| self.prefetch(line));
+    }
+
+    /// A node of `groups`.
+    #[inline(always)]
+    fn new<G: Group>(groups: impl ExactSizeIterator<Item = G>) -> NodeRef {
         const { assert!(size_of::<G>() == LINE && align_of::<G>() == LINE) };
         let count = groups.len();
         assert!((1..=MAX_GROUPS).contains(&count), "a node has 1 to {MAX_GROUPS} groups, not {count}");
-        let layout = NodeRef::layout(count);
-        // SAFETY: the layout is at least two lines, so not empty.
-        let Some(base) = NonNull::new(unsafe { alloc::alloc(layout) }) else {
-            alloc::handle_alloc_error(layout)
-        };
+        let base = take_memory(count);
+        let mut directory = Directory::EMPTY;
         let mut written = 0;
-        // SAFETY: `base` is fresh memory of 1 + count lines, aligned to a line; line 0 takes the directory and line 1 + i
-        // group i, with i < count enforced by `take`, whatever the iterator claims about its length.
+        // SAFETY: `base` is memory of 1 + count lines, aligned to a line, that nobody else knows; line 0 takes the directory and
+        // line 1 + i group i, with i < count enforced by `take`, whatever the iterator claims about its length.
         unsafe {
-            base.cast::<Directory>().write(directory);
-            for (index, group) in groups.take(count).enumerate() {
-                base.add((index + 1) * LINE).cast::<G>().write(group);
+            for group in groups.take(count) {
+                let place = base.add((written + 1) * LINE).cast::<G>();
+                place.write(group);
+                directory.set(written, place.as_ref().first_key());
                 written += 1;
             }
+            base.cast::<Directory>().write(directory);
         }
         assert_eq!(written, count, "an iterator shorter than it said");
+        let kind = if G::IS_INNER { INNER } else { 0 };
         NodeRef(base.map_addr(|addr| addr | (count - 1) | kind))
     }
 
@@ -153,28 +167,67 @@ impl NodeRef {
     /// # Safety
     /// Nobody can reach the node any more, and it is freed once.
     unsafe fn free(self) {
-        // SAFETY: `new` allocated `base` with this layout; the caller vouches for the rest.
-        unsafe { alloc::dealloc(self.base(), NodeRef::layout(self.groups())) }
+        // SAFETY: `new` got `base` as memory for so many groups; the caller vouches for the rest.
+        unsafe { give_memory(NonNull::new_unchecked(self.base()), self.groups()) }
     }
 }
 
-/// Asks for the cache line at `at`. Any address will do: a prefetch never faults.
-#[inline(always)]
-fn prefetch(at: *const u8) {
-    #[cfg(all(target_arch = "x86_64", not(miri)))]
-    // SAFETY: SSE is part of x86_64, and the instruction is a hint that ignores addresses it cannot read.
-    unsafe {
-        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
-    let _ = at;
+/// Freed nodes that a thread keeps for its next allocations, by groups. A random overwrite frees nodes of the very sizes
+/// that the next one needs, and the general allocator is slow at aligned blocks of a kilobyte.
+struct Spare([Vec<NonNull<u8>>; MAX_GROUPS]);
+
+/// Nodes of a size that a thread keeps: 320 KiB in the worst case, some 40 in practice.
+const SPARE_NODES: usize = 32;
+
+thread_local! {
+    static SPARE: RefCell<Spare> = const { RefCell::new(Spare([const { Vec::new() }; MAX_GROUPS])) };
 }
 
-/// Asks for the cache line that `place` starts in.
-#[inline(always)]
-pub(crate) fn prefetch_read<T>(place: &T) {
-    prefetch(std::ptr::from_ref(place).cast());
+impl Drop for Spare {
+    fn drop(&mut self) {
+        for (index, spare) in self.0.iter_mut().enumerate() {
+            for base in spare.drain(..) {
+                // SAFETY: `give_memory` put it here under the size it was allocated with, and whoever takes one removes it.
+                unsafe { alloc::dealloc(base.as_ptr(), NodeRef::layout(index + 1)) }
+            }
+        }
+    }
 }
+
+/// Memory for a directory and `groups` groups, uninitialised, aligned to a line.
+#[inline(always)]
+fn take_memory(groups: usize) -> NonNull<u8> {
+    let spare = SPARE.try_with(|spare| spare.borrow_mut().0[groups - 1].pop());
+    if let Ok(Some(base)) = spare {
+        return base;
+    }
+    let layout = NodeRef::layout(groups);
+    // SAFETY: the layout is at least two lines, so not empty.
+    let base = unsafe { alloc::alloc(layout) };
+    NonNull::new(base).unwrap_or_else(|| alloc::handle_alloc_error(layout))
+}
+
+/// Takes back what [`take_memory`] gave.
+///
+/// # Safety
+/// `base` came from `take_memory(groups)`, and nobody uses it any more.
+unsafe fn give_memory(base: NonNull<u8>, groups: usize) {
+    let kept = SPARE.try_with(|spare| {
+        let spare = &mut spare.borrow_mut().0[groups - 1];
+        let room = spare.len() < SPARE_NODES;
+        if room {
+            spare.push(base);
+        }
+        room
+    });
+    if kept != Ok(true) {
+        // SAFETY: allocated by `take_memory` (perhaps long ago) with this layout; the caller vouches that it is unused.
+        unsafe { alloc::dealloc(base.as_ptr(), NodeRef::layout(groups)) }
+    }
+}
+
+/// Nodes that are freed together.
+const LOT: usize = 64;
 
 /// Makes and retires the nodes of one map. Lives under the map's mutex: holding it is being the map's only writer.
 #[derive(Debug, Default)]
@@ -197,14 +250,12 @@ impl Nodes {
         Reach(PhantomData)
     }
 
-    pub(super) fn leaf(&mut self, cells: &[Cell]) -> NodeRef {
-        let (directory, groups) = leaf_parts(cells);
-        self.count(NodeRef::new(0, directory, groups))
+    pub(super) fn leaf(&mut self, groups: impl ExactSizeIterator<Item = LeafGroup>) -> NodeRef {
+        self.count(NodeRef::new(groups))
     }
 
-    pub(super) fn inner(&mut self, children: &[Child]) -> NodeRef {
-        let (directory, groups) = inner_parts(children);
-        self.count(NodeRef::new(INNER, directory, groups))
+    pub(super) fn inner(&mut self, groups: impl ExactSizeIterator<Item = InnerGroup>) -> NodeRef {
+        self.count(NodeRef::new(groups))
     }
 
     fn count(&mut self, node: NodeRef) -> NodeRef {
@@ -225,23 +276,30 @@ impl Nodes {
         if self.limbo.len() <= keep || broken(Mutation::NeverFree) {
             return;
         }
-        let nodes = std::mem::take(&mut self.limbo);
-        #[cfg(test)]
-        let alive = self.alive.clone();
-        let free = move || {
+        // In small lots: whoever the collector makes run them is in the middle of something else.
+        while !self.limbo.is_empty() {
+            let rest = self.limbo.len().saturating_sub(LOT);
+            let lot = self.limbo.split_off(rest);
             #[cfg(test)]
-            alive.fetch_sub(nodes.len() as isize, Ordering::Relaxed);
-            for node in nodes {
-                // SAFETY: each node in limbo was retired once (point 2), by an edit whose view has been published before this
-                // closure was deferred, so only guards older than that can reach it, and the collector waits for those.
-                unsafe { node.free() }
+            let alive = self.alive.clone();
+            let free = move || {
+                #[cfg(test)]
+                alive.fetch_sub(lot.len() as isize, Ordering::Relaxed);
+                for node in lot {
+                    // SAFETY: each node in limbo was retired once (point 2), by an edit whose view has been published before
+                    // this closure was deferred, so only guards older than that can reach it, and the collector waits for
+                    // those.
+                    unsafe { node.free() }
+                }
+            };
+            if broken(Mutation::FreeAtOnce) {
+                free();
+                continue;
             }
-        };
-        if broken(Mutation::FreeAtOnce) {
-            return free();
+            // SAFETY: the closure owns a list of addresses, borrows nothing, and may run on any thread (`NodeRef` is Send).
+            unsafe { guard.defer_unchecked(free) };
         }
-        // SAFETY: the closure owns a list of addresses, borrows nothing, and may run on any thread (`NodeRef` is Send).
-        unsafe { guard.defer_unchecked(free) };
+        self.limbo.shrink_to(LOT);
         guard.flush();
     }
 

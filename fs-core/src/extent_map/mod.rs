@@ -10,8 +10,7 @@
 //!    pointer. They take no lock and write nothing shared ([`view`]).
 //! 2. Writers of one file are serialised by a mutex inside the map. A change copies the nodes on its path ([`draft`] decides
 //!    and merges, [`tree`] copies) and is published by one pointer swap: several extents and the size together are one change.
-//! 3. What the swap replaced is freed when the last reader that could see it has left ([`mem`], the only place with
-//!    `unsafe`).
+//! 3. What the swap replaced is freed when the last reader that could see it has left ([`mem`]).
 //! 4. Loaders bring what they read in the metadata tree, with a ticket from before they read it ([`history`]).
 //!
 //! Files are cut into segments of 2^30 blocks (4 TiB), each with a tree of its own, so that keys are 32 bits wide; nodes are
@@ -49,6 +48,7 @@
 //! lock-freedom" (2004), by crossbeam-epoch; the two-line node after the cache-line B+trees of Rao and Ross (SIGMOD 2000).
 
 mod check;
+mod cpu;
 mod draft;
 mod history;
 mod mapping;
@@ -66,13 +66,13 @@ use std::fmt;
 use parking_lot::Mutex;
 use smallvec::SmallVec;
 
+pub(crate) use self::cpu::prefetch_read;
 pub(crate) use self::draft::ChecksumSink;
 use self::draft::{Draft, PieceInFile, Rewritten, Verdict, all_nodes};
 pub(crate) use self::history::LoadTicket;
 use self::history::{History, Since};
 pub(crate) use self::mapping::{BlockEnd, BlockRange, Entry, MAX_FILE_BLOCKS, Mapping, NewExtent};
 use self::mapping::{State, Value};
-pub(crate) use self::mem::prefetch_read;
 pub(crate) use self::mem::{EpochGuard, pin};
 use self::mem::{Nodes, Published};
 #[cfg(test)]

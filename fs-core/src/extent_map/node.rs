@@ -12,8 +12,11 @@
 //! need no count. The first key of a node equals its key in the parent; an entry ends where the next begins, also across
 //! nodes.
 
+use std::hint::select_unpredictable;
+
 use smallvec::SmallVec;
 
+use super::cpu::{above, above_four, last_not_above};
 use super::mapping::{Cell, Value};
 use super::mem::NodeRef;
 
@@ -56,7 +59,8 @@ pub(super) struct LeafGroup {
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 pub(super) struct InnerGroup {
-    keys: [i32; INNER_GROUP],
+    /// The keys of the children, and that of the child behind them.
+    keys: [i32; INNER_GROUP + 1],
     children: [NodeRef; INNER_GROUP],
 }
 
@@ -102,18 +106,22 @@ impl Piece {
     }
 }
 
-/// Index of the last key that is not above `key`; the first is known not to be.
-#[inline(always)]
-fn rank<const N: usize>(keys: &[i32; N], key: i32) -> usize {
-    let not_above: i32 = keys.iter().map(|k| i32::from(*k <= key)).sum();
-    (not_above - 1).max(0) as usize
-}
-
 impl Directory {
+    /// A directory without keys.
+    pub(super) const EMPTY: Directory = Directory { keys: [NO_KEY; MAX_GROUPS] };
+
+    /// Notes the first key of group `group`.
+    #[inline(always)]
+    pub(super) fn set(&mut self, group: usize, key: i32) {
+        if let Some(slot) = self.keys.get_mut(group) {
+            *slot = key;
+        }
+    }
+
     /// The group that holds `key`.
     #[inline(always)]
     pub(super) fn group_of(&self, key: i32) -> usize {
-        rank(&self.keys, key)
+        last_not_above(above(&self.keys, key) | 1 << MAX_GROUPS)
     }
 
     /// First key behind group `group`, or [`NO_KEY`].
@@ -141,9 +149,62 @@ impl<'g> Leaf<'g> {
     #[inline(always)]
     pub(super) fn find_in(self, group: usize, key: i32, end: i32) -> Piece {
         let at = &self.groups[group];
-        let slot = rank(&at.starts, key);
-        let next = if slot + 1 < LEAF_GROUP { at.starts[slot + 1] } else { self.directory.after(group) };
+        let slot = last_not_above(above_four(at.starts, key) | 1 << LEAF_GROUP);
+        // The last entry of a group ends where the next group begins. Which it is no branch predictor can know.
+        let inside = at.starts[(slot + 1) % LEAF_GROUP];
+        let next = select_unpredictable(slot + 1 < LEAF_GROUP, inside, self.directory.after(group));
         Piece { start: at.starts[slot], end: next.min(end), value: at.values[slot], sum: at.sums[slot] }
+    }
+
+    /// How many entries it has.
+    pub(super) fn len(self) -> usize {
+        let full = self.groups.len() - 1;
+        full * LEAF_GROUP + self.groups[full].starts.iter().filter(|start| **start != NO_KEY).count()
+    }
+
+    /// Entry `index`, below [`Leaf::len`].
+    #[inline(always)]
+    pub(super) fn cell(self, index: usize) -> Cell {
+        let (group, slot) = (&self.groups[index / LEAF_GROUP], index % LEAF_GROUP);
+        Cell { start: group.starts[slot], sum: group.sums[slot], value: group.values[slot] }
+    }
+
+    /// Entry `index` with its end; `end` is the end of the leaf.
+    pub(super) fn piece(self, index: usize, end: i32) -> Piece {
+        let next =
+            self.groups.get((index + 1) / LEAF_GROUP).map_or(NO_KEY, |g| g.starts[(index + 1) % LEAF_GROUP]);
+        let Cell { start, sum, value } = self.cell(index);
+        Piece { start, end: next.min(end), value, sum }
+    }
+
+    /// Index of the entry that covers `key`.
+    pub(super) fn index_of(self, key: i32) -> usize {
+        let group = self.directory.group_of(key);
+        group * LEAF_GROUP + last_not_above(above_four(self.groups[group].starts, key) | 1 << LEAF_GROUP)
+    }
+
+    /// The groups of this leaf with `cells` in the place of the entries in `replaced`.
+    pub(super) fn with(
+        self,
+        replaced: std::ops::Range<usize>,
+        cells: &[Cell],
+    ) -> impl ExactSizeIterator<Item = LeafGroup> {
+        let behind = replaced.start + cells.len();
+        let count = self.len() - replaced.len() + cells.len();
+        let cell = move |index| match index {
+            _ if index < replaced.start => self.cell(index),
+            _ if index < behind => cells[index - replaced.start],
+            _ => self.cell(index - behind + replaced.end),
+        };
+        // Whole groups stay as they are in front, and if nothing moves, behind.
+        let still_from = if cells.len() == replaced.len() { behind } else { count };
+        (0..count.div_ceil(LEAF_GROUP)).map(move |index| {
+            let first = index * LEAF_GROUP;
+            match first + LEAF_GROUP <= replaced.start || first >= still_from {
+                true => self.groups[index],
+                false => leaf_group(first, count, &cell),
+            }
+        })
     }
 
     /// The entries in order.
@@ -176,9 +237,29 @@ impl<'g> Inner<'g> {
     #[inline(always)]
     pub(super) fn find_in(self, group: usize, key: i32, end: i32) -> (NodeRef, i32) {
         let at = &self.groups[group];
-        let slot = rank(&at.keys, key);
-        let next = if slot + 1 < INNER_GROUP { at.keys[slot + 1] } else { self.directory.after(group) };
+        let [a, b, c, d, e, _] = at.keys;
+        let above = above_four([a, b, c, d], key) | u32::from(e > key) << 4;
+        let slot = last_not_above(above | 1 << INNER_GROUP);
+        let next = at.keys[slot + 1];
         (at.children[slot], next.min(end))
+    }
+
+    /// The groups of this node with `new` in the place of the child `old` that covers `key`, which keeps its key.
+    pub(super) fn with(
+        self,
+        key: i32,
+        old: NodeRef,
+        new: NodeRef,
+    ) -> impl ExactSizeIterator<Item = InnerGroup> {
+        let changed = self.directory.group_of(key);
+        self.groups.iter().enumerate().map(move |(index, group)| {
+            let mut group = *group;
+            if index == changed {
+                // Also in the slots that repeat it.
+                group.children.iter_mut().filter(|child| **child == old).for_each(|child| *child = new);
+            }
+            group
+        })
     }
 
     /// The children in order.
@@ -191,42 +272,67 @@ impl<'g> Inner<'g> {
     }
 }
 
-/// Directory and groups of a leaf of `cells` (1 to [`LEAF_CELLS`] of them).
-pub(super) fn leaf_parts(cells: &[Cell]) -> (Directory, impl ExactSizeIterator<Item = LeafGroup>) {
-    let groups = cells.chunks(LEAF_GROUP).map(|some| {
-        let mut group = LeafGroup {
-            starts: [NO_KEY; LEAF_GROUP],
-            values: [Value::UNKNOWN; LEAF_GROUP],
-            sums: [0; LEAF_GROUP],
-        };
-        for (slot, cell) in some.iter().enumerate() {
-            group.starts[slot] = cell.start;
-            group.values[slot] = cell.value;
-            group.sums[slot] = cell.sum;
-        }
-        group
-    });
-    (directory(cells.iter().step_by(LEAF_GROUP).map(|cell| cell.start)), groups)
+/// A group, as far as a node's memory must know it.
+pub(super) trait Group {
+    /// Marks the nodes that are made of these.
+    const IS_INNER: bool;
+
+    /// First key.
+    fn first_key(&self) -> i32;
 }
 
-/// Directory and groups of an inner node of `children` (1 to [`INNER_CHILDREN`] of them).
-pub(super) fn inner_parts(children: &[Child]) -> (Directory, impl ExactSizeIterator<Item = InnerGroup>) {
-    let groups = children.chunks(INNER_GROUP).map(|some| {
+impl Group for LeafGroup {
+    const IS_INNER: bool = false;
+
+    fn first_key(&self) -> i32 {
+        self.starts[0]
+    }
+}
+
+impl Group for InnerGroup {
+    const IS_INNER: bool = true;
+
+    fn first_key(&self) -> i32 {
+        self.keys[0]
+    }
+}
+
+/// The groups of a leaf of `count` cells (1 to [`LEAF_CELLS`]), of which `cell` gives each.
+#[inline(always)]
+pub(super) fn leaf_groups(
+    count: usize,
+    cell: impl Fn(usize) -> Cell,
+) -> impl ExactSizeIterator<Item = LeafGroup> {
+    (0..count.div_ceil(LEAF_GROUP)).map(move |index| leaf_group(index * LEAF_GROUP, count, &cell))
+}
+
+/// The group that begins with cell `first` of `count`.
+#[inline(always)]
+fn leaf_group(first: usize, count: usize, cell: &impl Fn(usize) -> Cell) -> LeafGroup {
+    let mut group = LeafGroup {
+        starts: [NO_KEY; LEAF_GROUP],
+        values: [Value::UNKNOWN; LEAF_GROUP],
+        sums: [0; LEAF_GROUP],
+    };
+    for slot in 0..LEAF_GROUP.min(count - first) {
+        let cell = cell(first + slot);
+        group.starts[slot] = cell.start;
+        group.values[slot] = cell.value;
+        group.sums[slot] = cell.sum;
+    }
+    group
+}
+
+/// The groups of an inner node of `children` (1 to [`INNER_CHILDREN`] of them).
+pub(super) fn inner_groups(children: &[Child]) -> impl ExactSizeIterator<Item = InnerGroup> {
+    children.chunks(INNER_GROUP).enumerate().map(|(index, some)| {
         let last = some[some.len() - 1].node;
-        let mut group = InnerGroup { keys: [NO_KEY; INNER_GROUP], children: [last; INNER_GROUP] };
+        let mut group = InnerGroup { keys: [NO_KEY; INNER_GROUP + 1], children: [last; INNER_GROUP] };
+        group.keys[INNER_GROUP] = children.get((index + 1) * INNER_GROUP).map_or(NO_KEY, |next| next.key);
         for (slot, child) in some.iter().enumerate() {
             group.keys[slot] = child.key;
             group.children[slot] = child.node;
         }
         group
-    });
-    (directory(children.iter().step_by(INNER_GROUP).map(|child| child.key)), groups)
-}
-
-fn directory(first_keys: impl Iterator<Item = i32>) -> Directory {
-    let mut keys = [NO_KEY; MAX_GROUPS];
-    for (slot, key) in keys.iter_mut().zip(first_keys) {
-        *slot = key;
-    }
-    Directory { keys }
+    })
 }

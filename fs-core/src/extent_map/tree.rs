@@ -8,12 +8,17 @@
 //! 3. on the way up, nodes that became sparse are joined with a neighbour ([`Splice::mend`]);
 //! 4. the root grows or shrinks ([`Splice::root`]).
 //!
+//! Most changes concern a few entries of one leaf, which just keeps its place: [`Splice::within_a_leaf`] takes those.
+//!
 //! It does not merge entries: whoever builds the list does, see [`super::draft`].
+
+use smallvec::SmallVec;
 
 use super::mapping::Cell;
 use super::mem::{Node, NodeRef, Nodes, Reach};
 use super::node::{
     Cells, Child, Children, INNER_CHILDREN, Inner, LEAF_CELLS, Leaf, MAX_GROUPS, Piece, SEGMENT_BLOCKS,
+    inner_groups, leaf_groups,
 };
 use super::view::{MapStats, Segment};
 
@@ -39,7 +44,10 @@ impl Splice<'_, '_> {
         debug_assert!(self.cells.first().is_some_and(|first| first.start == self.from));
         let mut level = Children::new();
         match segment {
-            Segment::Tree(root) => self.node(Child { key: 0, node: root }, SEGMENT_BLOCKS, true, &mut level),
+            Segment::Tree(root) => match self.within_a_leaf(root) {
+                Some(root) => return Segment::Tree(root),
+                None => self.node(Child { key: 0, node: root }, SEGMENT_BLOCKS, true, &mut level),
+            },
             Segment::Uniform(value) => {
                 let whole = Piece { start: 0, end: SEGMENT_BLOCKS, value, sum: 0 };
                 let mut cells = Cells::new();
@@ -48,6 +56,60 @@ impl Splice<'_, '_> {
             }
         }
         self.root(level)
+    }
+
+    /// The common case, made short: the range lies within one leaf, which neither overflows nor becomes sparse. Then nothing but
+    /// one reference changes in each node above. `None` if it is not so; nothing has happened then.
+    fn within_a_leaf(&mut self, root: NodeRef) -> Option<NodeRef> {
+        let mut path: SmallVec<[(NodeRef, Inner<'_>); 8]> = SmallVec::new();
+        let (mut node, mut end) = (root, SEGMENT_BLOCKS);
+        let leaf = loop {
+            // All of it will be copied.
+            node.prefetch_all();
+            match node.open(self.reach) {
+                Node::Leaf(leaf) => break leaf,
+                Node::Inner(inner) => {
+                    path.push((node, inner));
+                    (node, end) = inner.find(self.from, end);
+                }
+            }
+        };
+        if self.to > end {
+            return None;
+        }
+        let (first, last) = (leaf.index_of(self.from), leaf.index_of(self.to - 1));
+        let mut cells: SmallVec<[Cell; 8]> = SmallVec::new();
+        let left = leaf.cell(first);
+        if left.start < self.from {
+            cells.push(left);
+        }
+        cells.extend_from_slice(self.cells);
+        let right = leaf.piece(last, end);
+        if right.end > self.to {
+            cells.push(right.clipped(self.to, SEGMENT_BLOCKS).cell());
+        }
+        let replaced = first..last + 1;
+        let count = leaf.len() - replaced.len() + cells.len();
+        let sparse = count <= SPARSE_GROUPS * LEAF_CELLS / MAX_GROUPS;
+        if count > LEAF_CELLS || (sparse && !path.is_empty()) || (count == 1 && cells[0].value.is_uniform()) {
+            return None;
+        }
+
+        let pinned =
+            |cells: &mut dyn Iterator<Item = Cell>| cells.filter(|c| c.value.is_pinned()).count() as u64;
+        self.stats.entries = self.stats.entries + cells.len() as u64 - replaced.len() as u64;
+        self.stats.pinned += pinned(&mut cells.iter().copied());
+        self.stats.pinned -= pinned(&mut replaced.clone().map(|index| leaf.cell(index)));
+        let mut new = self.nodes.leaf(leaf.with(replaced, &cells));
+        self.stats.node_bytes += new.bytes() as u64;
+        self.retire(node);
+        for (above, inner) in path.into_iter().rev() {
+            new = self.nodes.inner(inner.with(self.from, node, new));
+            self.stats.node_bytes += new.bytes() as u64;
+            self.retire(above);
+            node = above;
+        }
+        Some(new)
     }
 
     /// Step 1: rewrites `child`, which ends at `end`, into `out`. `insert` says whether the new entries go there (the leaf
@@ -181,7 +243,7 @@ impl Splice<'_, '_> {
     /// Leaves of `cells`, evenly filled; none for none.
     fn emit_leaves(&mut self, cells: &[Cell], out: &mut Children) {
         for part in even_parts(cells, LEAF_CELLS) {
-            let node = self.nodes.leaf(part);
+            let node = self.nodes.leaf(leaf_groups(part.len(), |index| part[index]));
             self.stats.entries += part.len() as u64;
             self.stats.pinned += part.iter().filter(|cell| cell.value.is_pinned()).count() as u64;
             self.stats.node_bytes += node.bytes() as u64;
@@ -192,7 +254,7 @@ impl Splice<'_, '_> {
     /// Inner nodes of `children`, evenly filled; none for none.
     fn emit_inners(&mut self, children: &[Child], out: &mut Children) {
         for part in even_parts(children, INNER_CHILDREN) {
-            let node = self.nodes.inner(part);
+            let node = self.nodes.inner(inner_groups(part));
             self.stats.node_bytes += node.bytes() as u64;
             out.push(Child { key: part[0].key, node });
         }

@@ -103,15 +103,31 @@ impl<'g> View<'g> {
     /// Looks up `blocks[i]` into `entries[i]`, up to the shorter of the two, with [`LOOKUP_LANES`] descents under way at a time
     /// so that their cache misses overlap.
     pub(crate) fn lookup_batch(&self, blocks: &[FileBlock], entries: &mut [Entry]) {
+        let listed = &self.data.segments.listed[..];
         for (blocks, entries) in blocks.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
-            lookup_lanes(entries, |lane| blocks.get(lane).map(|block| (*self, *block)));
+            let mut lanes = Lanes::new();
+            for (index, (block, entry)) in blocks.iter().zip(entries.iter_mut()).enumerate() {
+                match listed.get(segment_of(*block)) {
+                    Some(Segment::Tree(root)) => lanes.add(*root, *block, index),
+                    _ => *entry = self.lookup(*block),
+                }
+            }
+            lanes.finish(entries, self.reach);
         }
     }
 
     /// As [`View::lookup_batch`] over several files: looks up each block in its view.
     pub(crate) fn lookup_across(queries: &[(View<'_>, FileBlock)], entries: &mut [Entry]) {
+        let Some((View { reach, .. }, _)) = queries.first() else { return };
         for (queries, entries) in queries.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
-            lookup_lanes(entries, |lane| queries.get(lane).copied());
+            let mut lanes = Lanes::new();
+            for (index, ((view, block), entry)) in queries.iter().zip(entries.iter_mut()).enumerate() {
+                match view.data.segments.listed.get(segment_of(*block)) {
+                    Some(Segment::Tree(root)) => lanes.add(*root, *block, index),
+                    _ => *entry = view.lookup(*block),
+                }
+            }
+            lanes.finish(entries, *reach);
         }
     }
 
@@ -160,68 +176,66 @@ impl fmt::Debug for View<'_> {
     }
 }
 
-/// A descent under way.
-#[derive(Clone, Copy)]
-struct Lane<'g> {
-    node: NodeRef,
-    key: i32,
-    end: i32,
-    group: u32,
-    index: u32,
-    block: FileBlock,
-    reach: Reach<'g>,
+/// Up to [`LOOKUP_LANES`] descents in step: one level of all of them, then the next level of all.
+struct Lanes {
+    count: usize,
+    at: [Option<Lane>; LOOKUP_LANES],
 }
 
-/// Up to [`LOOKUP_LANES`] descents in step: a level of all, then the next level of all. `query(i)` gives the query of
-/// `entries[i]`; those without one are left alone.
-#[inline(always)]
-fn lookup_lanes<'g>(entries: &mut [Entry], query: impl Fn(usize) -> Option<(View<'g>, FileBlock)>) {
-    let mut lanes: SmallVec<[Lane<'g>; LOOKUP_LANES]> = SmallVec::new();
-    for (index, entry) in entries.iter_mut().enumerate() {
-        let Some((view, block)) = query(index) else { break };
-        match view.data.segments.get(segment_of(block)) {
-            Segment::Tree(node) if block.0 < MAX_FILE_BLOCKS => {
-                node.prefetch(0);
-                let key = key_of(block);
-                lanes.push(Lane {
-                    node,
-                    key,
-                    end: SEGMENT_BLOCKS,
-                    group: 0,
-                    index: index as u32,
-                    block,
-                    reach: view.reach,
-                });
-            }
-            _ => *entry = view.lookup(block),
+/// A descent under way.
+#[derive(Clone, Copy)]
+struct Lane {
+    node: NodeRef,
+    block: FileBlock,
+    end: i32,
+    group: u32,
+    /// Which entry it is for.
+    index: usize,
+}
+
+impl Lanes {
+    #[inline(always)]
+    fn new() -> Lanes {
+        Lanes { count: 0, at: [None; LOOKUP_LANES] }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, root: NodeRef, block: FileBlock, index: usize) {
+        root.prefetch(0);
+        if let Some(free) = self.at.get_mut(self.count) {
+            *free = Some(Lane { node: root, block, end: SEGMENT_BLOCKS, group: 0, index });
+            self.count += 1;
         }
     }
-    loop {
-        // The directories are on their way since the last step: find the groups and ask for them.
-        for lane in &mut lanes {
-            let group = match lane.node.open(lane.reach) {
-                Node::Inner(inner) => inner.directory.group_of(lane.key),
-                Node::Leaf(leaf) => leaf.directory.group_of(lane.key),
-            };
-            lane.node.prefetch(group + 1);
-            lane.group = group as u32;
-        }
-        let mut descended = false;
-        for lane in &mut lanes {
-            if let Node::Inner(inner) = lane.node.open(lane.reach) {
-                (lane.node, lane.end) = inner.find_in(lane.group as usize, lane.key, lane.end);
-                lane.node.prefetch(0);
-                descended = true;
+
+    /// Descends to the leaves and writes what is found into `entries`.
+    #[inline(always)]
+    fn finish(&mut self, entries: &mut [Entry], reach: Reach<'_>) {
+        let lanes = &mut self.at[..self.count];
+        loop {
+            // The directories are on their way since the last step: find the groups and ask for those.
+            for lane in lanes.iter_mut().flatten() {
+                let group = lane.node.directory(reach).group_of(key_of(lane.block));
+                lane.node.prefetch(group + 1);
+                lane.group = group as u32;
+            }
+            let mut descended = false;
+            for lane in lanes.iter_mut().flatten() {
+                if let Node::Inner(inner) = lane.node.open(reach) {
+                    (lane.node, lane.end) = inner.find_in(lane.group as usize, key_of(lane.block), lane.end);
+                    lane.node.prefetch(0);
+                    descended = true;
+                }
+            }
+            if !descended {
+                break;
             }
         }
-        if !descended {
-            break;
-        }
-    }
-    for lane in &lanes {
-        if let Node::Leaf(leaf) = lane.node.open(lane.reach) {
-            let piece = leaf.find_in(lane.group as usize, lane.key, lane.end);
-            entries[lane.index as usize] = in_file(lane.block, piece);
+        for lane in lanes.iter().flatten() {
+            if let (Node::Leaf(leaf), Some(entry)) = (lane.node.open(reach), entries.get_mut(lane.index)) {
+                let piece = leaf.find_in(lane.group as usize, key_of(lane.block), lane.end);
+                *entry = in_file(lane.block, piece);
+            }
         }
     }
 }

@@ -11,7 +11,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 use super::{TreeKind, value_of};
 use crate::txn::{Stop, Txn};
-use crate::types::{BlockAddr, Run};
+use crate::types::Run;
 
 /// Blocks per chunk.
 pub(crate) const CHUNK: u64 = 64;
@@ -44,24 +44,33 @@ fn parts(run: Run) -> impl Iterator<Item = (u64, usize, usize)> {
     })
 }
 
-/// The chunks that must be rewritten for `run`.
+/// The chunks that must be rewritten for the runs of a write.
+#[derive(Default)]
 pub(crate) struct Plan(SmallVec<[(u64, Box<OnDisk>); 1]>);
 
-/// Makes sure that the checksums of `run` can be stored without stopping, and prepares them.
-pub(crate) fn plan(t: &mut Txn<'_>, run: Run, sums: &[u32]) -> Result<Plan, Stop> {
-    let mut chunks = SmallVec::new();
+/// Makes sure that the checksums of `run` can be stored without stopping, and adds them to `plan`. Several runs of one write
+/// may lie in one chunk: they must share a plan, or the last would store the chunk without the others.
+pub(crate) fn plan(t: &mut Txn<'_>, plan: &mut Plan, run: Run, sums: &[u32]) -> Result<(), Stop> {
     let mut done = 0;
     for (chunk, first, len) in parts(run) {
-        // A chunk that is replaced whole needs only its path.
-        let mut disk: Box<OnDisk> = if len == CHUNK as usize {
-            t.touch(TreeKind::Checksums, &key(chunk))?;
-            Box::new(OnDisk::new_zeroed())
-        } else {
-            match t.get(TreeKind::Checksums, &key(chunk))? {
-                Some(value) => Box::new(value_of(TreeKind::Checksums, &value)?),
-                None => Box::new(OnDisk::new_zeroed()),
+        let index = match plan.0.iter().position(|(other, _)| *other == chunk) {
+            Some(index) => index,
+            None => {
+                // A chunk that is replaced whole needs only its path.
+                let disk: Box<OnDisk> = if len == CHUNK as usize {
+                    t.touch(TreeKind::Checksums, &key(chunk))?;
+                    Box::new(OnDisk::new_zeroed())
+                } else {
+                    match t.get(TreeKind::Checksums, &key(chunk))? {
+                        Some(value) => Box::new(value_of(TreeKind::Checksums, &value)?),
+                        None => Box::new(OnDisk::new_zeroed()),
+                    }
+                };
+                plan.0.push((chunk, disk));
+                plan.0.len() - 1
             }
         };
+        let disk = &mut plan.0[index].1;
         let mut present = disk.present.get();
         for i in 0..len {
             present |= 1 << (first + i);
@@ -69,9 +78,8 @@ pub(crate) fn plan(t: &mut Txn<'_>, run: Run, sums: &[u32]) -> Result<Plan, Stop
         }
         disk.present = present.into();
         done += len;
-        chunks.push((chunk, disk));
     }
-    Ok(Plan(chunks))
+    Ok(())
 }
 
 /// Stores what was planned.
@@ -105,14 +113,10 @@ pub(crate) fn find(t: &mut Txn<'_>, run: Run) -> Result<Vec<Option<u32>>, Stop> 
     Ok(found)
 }
 
-/// The run of blocks of the chunk that contains `addr`, for loading whole chunks.
-pub(crate) fn chunk_run(addr: BlockAddr) -> Run {
-    Run::new(BlockAddr(addr.0 / CHUNK * CHUNK), CHUNK)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::BlockAddr;
 
     #[test]
     fn runs_are_cut_at_chunk_borders() {

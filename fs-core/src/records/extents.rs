@@ -30,9 +30,6 @@ const KIND_DATA: u8 = 0;
 /// Flag: `checksum` is the checksum of the extent's only block.
 const FLAG_CHECKSUM: u8 = 1;
 
-/// Longest extent in blocks.
-pub(crate) const LEN_MAX: u64 = u32::MAX as u64;
-
 /// A range of a file and where it lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Extent {

@@ -48,11 +48,6 @@ impl Item<'_> {
 }
 
 impl Node {
-    /// First slot that has a key: item 0 of an inner node has none.
-    pub(super) fn first_keyed(&self) -> usize {
-        usize::from(!self.is_leaf())
-    }
-
     /// Bytes that slots, live items and prefix take.
     pub(super) fn used(&self) -> usize {
         CAPACITY - self.gap() - self.header.dead.get() as usize
@@ -60,7 +55,9 @@ impl Node {
 
     /// How `entry` gets in.
     pub(super) fn fit(&self, entry: &Entry<'_>) -> Fit {
-        if entry.key.starts_with(self.prefix()) {
+        let keys = self.len().saturating_sub(self.first_keyed()) + usize::from(!entry.replaces);
+        // A first key becomes the prefix, to be cut to what the next ones share: so heads tell them apart from the start.
+        if keys > 1 && entry.key.starts_with(self.prefix()) {
             let slot = if entry.replaces { 0 } else { SLOT_LEN };
             let need = slot + entry.key.len() - self.prefix_len() + entry.value.len();
             if need <= self.gap() {
@@ -69,7 +66,6 @@ impl Node {
         }
         let old = if entry.replaces { self.item(entry.pos).size() } else { 0 };
         let size = self.size_without_prefix() - old + SLOT_LEN + entry.key.len() + entry.value.len();
-        let keys = self.len() - self.first_keyed() + usize::from(!entry.replaces);
         let prefix_len = self.prefix_with(entry);
         if size - prefix_len * keys + prefix_len <= CAPACITY { Fit::Rebuild } else { Fit::Split }
     }

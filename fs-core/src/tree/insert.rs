@@ -33,6 +33,7 @@ impl Tree {
         let entry = Entry { pos, replaces, key, value };
         let fit = leaf.fit(&entry);
         if fit == Fit::Split {
+            self.check_path(ctx.cache, &path)?;
             self.check_can_grow()?;
             self.prepare(ctx, &path, path.len() + 1)?;
             self.split_upwards(ctx, &path, &entry);

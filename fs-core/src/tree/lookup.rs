@@ -261,12 +261,7 @@ impl Tree {
                 Side::At => node.child_for(key),
                 Side::Below => node.child_below(key),
             };
-            if child > 0 {
-                node.key(child).join(&mut low);
-            }
-            if child + 1 < node.len() {
-                node.key(child + 1).join(high.get_or_insert_default());
-            }
+            node.narrow(child, &mut low, &mut high);
             ptr = node.child(child);
         }
     }

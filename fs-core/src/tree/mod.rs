@@ -33,6 +33,8 @@
 //! blocks are used again (the allocator has it), shared nodes with reference counts (a later issue; [`NodeAlloc::free_node`] is
 //! the place), and neighbours linked to each other, which copy-on-write forbids: iteration goes by key ([`Tree::leaf_from`]).
 
+#![cfg_attr(not(feature = "internals"), allow(unreachable_pub))]
+
 pub mod cache;
 mod edit;
 mod insert;
@@ -47,11 +49,15 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-pub use cache::{CacheStats, NodeCache};
-pub use lookup::{ItemRef, Leaf};
-pub use node::{FsId, KeyBuf, KeyRef, MAX_ITEM, MAX_KEY, MAX_VALUE, Node, NodePtr, TreeId};
-pub use validate::{NodeError, NodeFault};
-pub use walk::Walk;
+// The surface of the module; not all of it is used by the crate itself.
+#[cfg_attr(not(feature = "internals"), allow(unused_imports))]
+pub use self::{
+    cache::{CacheStats, NodeCache},
+    lookup::{ItemRef, Leaf},
+    node::{FsId, KeyBuf, KeyRef, MAX_ITEM, MAX_KEY, MAX_VALUE, Node, NodePtr, TreeId},
+    validate::{NodeError, NodeFault},
+    walk::Walk,
+};
 
 use crate::types::{BlockAddr, Generation};
 

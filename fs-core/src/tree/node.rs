@@ -404,6 +404,32 @@ impl Node {
         i - 1
     }
 
+    /// A pointer to this node, but for the checksum.
+    pub(super) fn ptr(&self) -> NodePtr {
+        NodePtr {
+            addr: self.addr(),
+            generation: self.generation(),
+            checksum: 0,
+            tree: self.tree(),
+            level: self.level(),
+        }
+    }
+
+    /// Narrows the bounds of this inner node to those of its child `i`.
+    pub(super) fn narrow(&self, i: usize, low: &mut KeyBuf, high: &mut Option<KeyBuf>) {
+        if i > 0 {
+            self.key(i).join(low);
+        }
+        if i + 1 < self.len() {
+            self.key(i + 1).join(high.get_or_insert_default());
+        }
+    }
+
+    /// First slot that has a key: item 0 of an inner node has none.
+    pub(super) fn first_keyed(&self) -> usize {
+        usize::from(!self.is_leaf())
+    }
+
     /// The bytes that all keys begin with.
     pub(super) fn prefix(&self) -> &[u8] {
         &self.as_bytes()[BLOCK_SIZE - self.prefix_len()..]

@@ -5,7 +5,7 @@
 use smallvec::SmallVec;
 
 use super::cache::{FrameId, NodeCache, State};
-use super::node::NodePtr;
+use super::node::{KeyBuf, Node, NodePtr};
 use super::{Ctx, NodeFault, Stop, Tree};
 
 /// One node of a path.
@@ -40,6 +40,20 @@ impl Tree {
             ptr = node.child(child);
             path.push(Step { frame, child });
         }
+    }
+
+    /// Whether the nodes of `path` keep to the bounds that their parents set. A split checks it first: in a damaged tree the
+    /// new separator could be out of order in the parent.
+    pub(super) fn check_path(&self, cache: &NodeCache, path: &Path) -> Result<(), Stop> {
+        let (mut low, mut high) = (KeyBuf::new(), None::<KeyBuf>);
+        for step in path {
+            let node = cache.node(step.frame);
+            check_bounds(node, &low, high.as_deref()).map_err(|fault| node.ptr().error(fault))?;
+            if !node.is_leaf() {
+                node.narrow(step.child, &mut low, &mut high);
+            }
+        }
+        Ok(())
     }
 
     /// Makes all nodes of `path` modifiable, and sure that `more` nodes can be allocated afterwards. Either fails having
@@ -80,6 +94,18 @@ impl Tree {
         }
         ctx.alloc.free_node(old_addr, birth);
     }
+}
+
+/// Whether all keys of `node` lie in `low..high`. Separators are strictly above `low`, as they bound children on both sides.
+pub(super) fn check_bounds(node: &Node, low: &[u8], high: Option<&[u8]>) -> Result<(), NodeFault> {
+    let first = node.first_keyed();
+    if first >= node.len() {
+        return Ok(());
+    }
+    let (first, last) = (node.key(first).to_buf(), node.key(node.len() - 1).to_buf());
+    let above_low = if node.is_leaf() { &first[..] >= low } else { &first[..] > low };
+    let below_high = high.is_none_or(|high| &last[..] < high);
+    if above_low && below_high { Ok(()) } else { Err(NodeFault::Bounds) }
 }
 
 /// A node that is not dirty must be older than the current generation: else it would be taken for a dirty one later.

@@ -7,7 +7,7 @@
 
 use super::cache::FrameId;
 use super::node::{CAPACITY, KeyBuf, Node, NodePtr};
-use super::path::{Path, leaf_of};
+use super::path::{Path, check_bounds, leaf_of};
 use super::{Ctx, Stop, Tree};
 
 /// A node with fewer bytes in use looks for a neighbour to merge with.
@@ -119,18 +119,18 @@ fn merge_with_left(ctx: &mut Ctx<'_>, parent: FrameId, child: usize, frame: Fram
 /// Merges two neighbours into `target`, one of them, if the result is not too full.
 fn merge(ctx: &mut Ctx<'_>, left: FrameId, right: FrameId, target: FrameId, separator: &KeyBuf) -> bool {
     let (left, right) = (ctx.cache.node(left), ctx.cache.node(right));
-    // Cheap and nearly always right, before the exact answer.
-    if left.used() + right.used() > MERGED || left.merged_size(right, separator) > MERGED {
+    if left.used() + right.used() > MERGED {
         return false;
     }
-    let into = ctx.cache.node(target);
-    let ptr = NodePtr {
-        addr: into.addr(),
-        generation: into.generation(),
-        level: into.level(),
-        ..NodePtr::null(into.tree())
-    };
-    let mut merged = Node::new(ctx.cache.fsid(), &ptr);
+    // In a damaged tree a neighbour may have keys beyond its bounds; joined they would be out of order.
+    if check_bounds(left, &[], Some(separator)).is_err() || check_bounds(right, separator, None).is_err() {
+        return false;
+    }
+    // The prefix of both may be shorter.
+    if left.merged_size(right, separator) > MERGED {
+        return false;
+    }
+    let mut merged = Node::new(ctx.cache.fsid(), &ctx.cache.node(target).ptr());
     merged.fill_merged(left, right, separator);
     *ctx.cache.node_mut(target) = merged;
     true

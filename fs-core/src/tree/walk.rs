@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use super::cache::NodeCache;
 use super::node::{KeyBuf, Node, NodePtr};
-use super::{NodeFault, Stop, Tree};
+use super::path::check_bounds;
+use super::{Stop, Tree};
 
 /// Where a walk is.
 #[derive(Clone, Debug)]
@@ -62,12 +63,7 @@ impl Walk {
                 return Ok(Some((ptr, node)));
             }
             let child = node.child_for(&target.key);
-            if child > 0 {
-                node.key(child).join(&mut low);
-            }
-            if child + 1 < node.len() {
-                node.key(child + 1).join(high.get_or_insert_default());
-            }
+            node.narrow(child, &mut low, &mut high);
             ptr = node.child(child);
         }
     }
@@ -76,16 +72,4 @@ impl Walk {
     pub fn skip(&mut self) {
         self.next = self.end.take().map(|key| Target { key, level: None });
     }
-}
-
-/// Whether all keys of `node` lie in `low..high`. Separators are strictly above `low`, as they bound children on both sides.
-fn check_bounds(node: &Node, low: &[u8], high: Option<&[u8]>) -> Result<(), NodeFault> {
-    let first = node.first_keyed();
-    if first >= node.len() {
-        return Ok(());
-    }
-    let (first, last) = (node.key(first).to_buf(), node.key(node.len() - 1).to_buf());
-    let above_low = if node.is_leaf() { &first[..] >= low } else { &first[..] > low };
-    let below_high = high.is_none_or(|high| &last[..] < high);
-    if above_low && below_high { Ok(()) } else { Err(NodeFault::Bounds) }
 }

@@ -22,6 +22,10 @@ pub(crate) struct Shape {
     pub(crate) io_bytes: usize,
     /// Of a hundred reads and writes, so many are of any length up to that; the others are short.
     pub(crate) long_percent: u32,
+    /// Most operations that are put in flight together.
+    pub(crate) together: usize,
+    /// While things grow, one delete, truncate or replacing rename of so many is done.
+    pub(crate) keep: u32,
     /// Handles that are open at once.
     pub(crate) handles: usize,
     /// In a thousand operations, so many make or take a name.
@@ -47,6 +51,8 @@ impl Shape {
             file_bytes: 1 << 20,
             io_bytes: 256 << 10,
             long_percent: 4,
+            together: 32,
+            keep: 8,
             handles: 10,
             names_permille: 180,
             sync_permille: 12,
@@ -99,10 +105,17 @@ impl Generator {
         if self.one_in(self.shape.bad_one_in) {
             return self.refused(reference);
         }
-        let op = self.any(reference);
-        match op {
-            Op::Delete { .. } | Op::Truncate { .. } if self.growing && !self.one_in(12) => self.any(reference),
-            op => op,
+        loop {
+            let op = self.any(reference);
+            let shrinks = match &op {
+                Op::Delete { .. } | Op::Truncate { .. } => true,
+                Op::Rename { to, .. } => reference.names.contains_key(to),
+                Op::Open { flags, .. } => flags.contains(OpenFlags::TRUNCATE),
+                _ => false,
+            };
+            if !shrinks || !self.growing || self.one_in(self.shape.keep) {
+                return op;
+            }
         }
     }
 

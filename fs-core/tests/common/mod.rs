@@ -8,6 +8,7 @@
 //! | `GAUR_OPS` | operations of a randomised test, all its scenarios together | the short form |
 //! | `GAUR_CRASHES` | crash states of `crash.rs`, all workloads together | the short form |
 //! | `GAUR_DEVICE` | `mem:`, or `file:PATH[?options]`: each test makes a file `PATH.N` of the size it needs | `mem:` |
+//! | `GAUR_TRACE` | set: the model prints every operation before it is done | |
 //! | `GAUR_TIME_LIMIT` | seconds after which a watchdog aborts a test | per test, longer for long forms |
 
 #![allow(dead_code, reason = "each test binary uses its own part of the helpers")]
@@ -51,6 +52,11 @@ pub(crate) fn seed(test: &str) -> u64 {
 /// How many operations a randomised test is to do.
 pub(crate) fn ops(default: usize) -> usize {
     env("GAUR_OPS").unwrap_or(default)
+}
+
+/// Whether operations are printed.
+pub(crate) fn trace() -> bool {
+    std::env::var_os("GAUR_TRACE").is_some()
 }
 
 /// How many crash states are to be tried.

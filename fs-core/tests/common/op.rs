@@ -1,5 +1,7 @@
 //! Operations and their outcomes, as the model and the driver exchange them.
 
+use std::fmt;
+
 use fs_core::{Error, File, OpenFlags, Stat, StatFs};
 
 /// A handle of the model; the driver has the [`File`] that it stands for.
@@ -7,7 +9,7 @@ use fs_core::{Error, File, OpenFlags, Stat, StatFs};
 pub(crate) struct Handle(pub(crate) u64);
 
 /// What is done.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) enum Op {
     Create { name: Vec<u8> },
     /// The handle is what the model calls the file that is opened.
@@ -48,6 +50,39 @@ impl Op {
             | Op::Truncate { handle, .. }
             | Op::SyncFile { handle } => Some(*handle),
             _ => None,
+        }
+    }
+}
+
+impl fmt::Debug for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = |name: &[u8]| match name.len() {
+            0..=100 => format!("'{}'", name.escape_ascii()),
+            len => format!("'{}...'({len} bytes)", name[..20].escape_ascii()),
+        };
+        match self {
+            Op::Create { name } => write!(f, "create {}", text(name)),
+            Op::Open { name, flags, handle } => write!(f, "open {} {flags:?} as h{}", text(name), handle.0),
+            Op::Close { handle } => write!(f, "close h{}", handle.0),
+            Op::Delete { name } => write!(f, "delete {}", text(name)),
+            Op::Rename { from, to } => write!(f, "rename {} to {}", text(from), text(to)),
+            Op::List { prefix, after, max } => {
+                write!(f, "list {}* after {:?} max {max}", text(prefix), after.as_deref().map(text))
+            }
+            Op::ListAll { prefix } => write!(f, "list all {}*", text(prefix)),
+            Op::Stat { name } => write!(f, "stat {}", text(name)),
+            Op::StatFile { handle } => write!(f, "stat h{}", handle.0),
+            Op::Read { handle, offset, len, slice } => {
+                write!(f, "read h{} {offset}+{len} slice={slice}", handle.0)
+            }
+            Op::Write { handle, offset, len, tag, slice } => {
+                write!(f, "write h{} {offset}+{len} tag={tag} slice={slice}", handle.0)
+            }
+            Op::Append { handle, len, tag } => write!(f, "append h{} {len} tag={tag}", handle.0),
+            Op::Truncate { handle, size } => write!(f, "truncate h{} to {size}", handle.0),
+            Op::SyncFile { handle } => write!(f, "sync h{}", handle.0),
+            Op::Sync => write!(f, "sync"),
+            Op::StatFs => write!(f, "statfs"),
         }
     }
 }

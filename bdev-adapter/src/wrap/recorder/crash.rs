@@ -12,7 +12,7 @@
 //! [`CrashLog::state`] builds one state; [`CrashLog::crash_states`] walks the points and yields several for each. The
 //! same log, point and [`Survive`] always give the same state, so a failure is replayed from these two values.
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
 
 use super::{Change, Event, Record};
 use crate::image::Image;
@@ -231,14 +231,18 @@ impl<'a> Medium<'a> {
                 .filter(|((at, in_epoch), _)| *at < record.submitted && *in_epoch == epoch)
                 .collect();
             covered.sort_unstable();
-            for (_, index) in covered {
-                self.make_durable(index);
+            for (_, index) in &covered {
+                self.make_durable(*index);
             }
+            let covered: HashSet<_> = covered.into_iter().map(|(_, index)| index).collect();
+            self.volatile.retain(|index| !covered.contains(index));
         } else if record.fua {
             self.make_durable(index);
+            self.volatile.retain(|other| *other != index);
         }
     }
 
+    /// Applies a change to what is certainly there; the caller removes it from `volatile`.
     fn make_durable(&mut self, index: usize) {
         let mut image = std::mem::replace(&mut self.durable, Image::new(0, 0));
         self.apply_volatile(&mut image, index, |_| true);
@@ -248,7 +252,6 @@ impl<'a> Medium<'a> {
             let since = self.durable_since.entry(block).or_insert(0);
             *since = record.submitted.max(*since);
         }
-        self.volatile.retain(|other| *other != index);
     }
 
     /// Applies the blocks of a record for which `survives` (by number within the record), except where a durable change

@@ -498,7 +498,8 @@ fn encoded(states: &[State]) -> Vec<u8> {
         spans(at as u32, 1).for_each(|(w, mask)| persist[w] |= mask);
     }
     let mut value = Vec::new();
-    encode_region(&persist, &mut value);
+    let used = states.iter().filter(|&&state| state == State::Used).count();
+    encode_region(&persist, used as u32, &mut value);
     value
 }
 

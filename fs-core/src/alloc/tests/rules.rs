@@ -273,6 +273,25 @@ fn eviction_bounds_memory_and_loses_nothing() {
     space.check().unwrap();
 }
 
+/// The story: a caller takes the dirty regions out before the commit, and evicts before it has stored them; what was
+/// changed in memory only would be gone.
+#[test]
+fn a_region_on_its_way_to_the_tree_is_not_evicted() {
+    let mut space = Allocator::new(4 * R, 4 * R).unwrap();
+    let got = take(&mut space, Stream::Data, R);
+    take(&mut space, Stream::Data, R);
+    let region = region_of(got.start);
+    while space.pop_dirty_region().is_some() {}
+    while space.pop_dirty_group().is_some() {}
+    (0..5).for_each(|_| space.evict_clean(0));
+    assert!(space.is_loaded(Need::Region(region)));
+    space.begin_commit(Generation(1), &[]).unwrap();
+    space.end_commit().unwrap();
+    space.check().unwrap();
+    (0..5).for_each(|_| space.evict_clean(0));
+    assert!(!space.is_loaded(Need::Region(region)));
+}
+
 /// Nothing costs a pass over the regions: an 8 TiB device, nearly full, is used through a handful of loads.
 #[test]
 fn few_loads_on_a_large_full_device() {

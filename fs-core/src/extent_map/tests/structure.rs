@@ -29,21 +29,33 @@ fn same(map: &ExtentMap, model: &Model, end: u64) {
 }
 
 fn random_changes(seed: u64) {
-    const BLOCKS: u64 = 6000;
+    changes_to(seed, ExtentMap::new_empty(), Model::new(), 6000, 3000);
+}
+
+/// The same on a tree of three levels, where a range can span inner nodes.
+fn random_changes_to_a_high_tree(seed: u64) {
+    const BLOCKS: u64 = 40_000;
+    let map = ExtentMap::new_unloaded(BLOCKS << 12);
+    let extents: Vec<NewExtent> = (0..BLOCKS / 2).map(|i| data(2 * i, 1, 1 << 40 | (3 * i))).collect();
+    map.load(BlockRange::ALL, map.load_ticket(), &extents, &mut no_sink).unwrap();
+    let model = (0..BLOCKS / 2).map(|i| (2 * i, 1 << 40 | (3 * i))).collect();
+    changes_to(seed, map, model, BLOCKS, 400);
+}
+
+fn changes_to(seed: u64, map: ExtentMap, mut model: Model, end: u64, steps: u64) {
     let mut rng = SmallRng::seed_from_u64(seed);
-    let (map, mut model) = (ExtentMap::new_empty(), Model::new());
     let mut next_addr = 1_u64;
-    for step in 0..3000 {
-        let block = rng.random_range(0..BLOCKS);
-        let longest = if rng.random_ratio(1, 100) { BLOCKS } else { 3 };
-        let len = rng.random_range(1..=longest).min(BLOCKS - block);
+    for step in 0..steps {
+        let block = rng.random_range(0..end);
+        let longest = if rng.random_ratio(1, 100) { end } else { 3 };
+        let len = rng.random_range(1..=longest).min(end - block);
         match rng.random_range(0..20) {
             0 => {
                 map.set_hole(blocks(block, block + len));
                 model.retain(|at, _| !(block..block + len).contains(at));
             }
             1 if step % 8 == 0 => {
-                map.set_size(BLOCKS << 12);
+                map.set_size(end << 12);
                 map.truncate(block << 12);
                 model.split_off(&block);
             }
@@ -55,12 +67,12 @@ fn random_changes(seed: u64) {
                 next_addr += len;
             }
         }
-        if step % 500 == 0 {
-            same(&map, &model, BLOCKS);
+        if step % (steps / 6) == 0 {
+            same(&map, &model, end);
         }
     }
-    same(&map, &model, BLOCKS);
-    batches_equal_single_lookups(&map, &mut rng, BLOCKS);
+    same(&map, &model, end);
+    batches_equal_single_lookups(&map, &mut rng, end);
 }
 
 fn batches_equal_single_lookups(map: &ExtentMap, rng: &mut SmallRng, blocks: u64) {
@@ -92,6 +104,7 @@ fn batches_equal_single_lookups(map: &ExtentMap, rng: &mut SmallRng, blocks: u64
 #[test]
 fn random_changes_equal_the_model() {
     for_seeds(20, random_changes);
+    for_seeds(10, random_changes_to_a_high_tree);
 }
 
 #[test]

@@ -22,6 +22,9 @@ pub(super) const FSID: FsId = *b"gaur test fsid 1";
 /// A map that a tree should equal.
 pub(super) type Model = BTreeMap<Vec<u8>, Vec<u8>>;
 
+/// Items in the order in which they were met.
+pub(super) type Items = Vec<(Vec<u8>, Vec<u8>)>;
+
 /// The seed of a randomised test: `GAUR_SEED`, or a new one. Printed, so that a failure can be replayed.
 pub(super) fn seed() -> u64 {
     let seed = match std::env::var("GAUR_SEED") {
@@ -186,6 +189,13 @@ impl Store {
         assert_eq!(self.cache.stats().writing, 0);
     }
 
+    /// Brings the cache down to its capacity; one call does only so much.
+    pub(super) fn shrink(&mut self) {
+        for _ in 0..100 {
+            self.cache.trim();
+        }
+    }
+
     /// Forgets all snapshots but the last `keep`, and reuses what only they needed.
     pub(super) fn forget(&mut self, keep: usize) {
         let gone = self.snapshots.len().saturating_sub(keep);
@@ -211,7 +221,7 @@ impl Store {
     }
 
     /// All items, in order, by leaves from the first one.
-    pub(super) fn items(&mut self) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Stop> {
+    pub(super) fn items(&mut self) -> Result<Items, Stop> {
         let mut items = Vec::new();
         let mut from = Some(Vec::new());
         while let Some(key) = from.take() {
@@ -226,7 +236,7 @@ impl Store {
     }
 
     /// All items, in reverse, by leaves from the last one.
-    pub(super) fn items_back(&mut self) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Stop> {
+    pub(super) fn items_back(&mut self) -> Result<Items, Stop> {
         let mut items = Vec::new();
         let mut next = self.run(|tree, ctx| tree.last_leaf(ctx.cache))?;
         while let Some(mut leaf) = next.take() {

@@ -1,0 +1,69 @@
+//! What the compiler does not find by itself: comparing a line of keys at once, and prefetching.
+//!
+//! The `unsafe` here has nothing to do with memory: calling a processor's instruction needs it. SSE2 and prefetch are part of
+//! every x86_64; other processors get plain code and no prefetch.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{
+    __m128i, _MM_HINT_T0, _mm_castsi128_ps, _mm_cmpgt_epi32, _mm_movemask_epi8, _mm_movemask_ps,
+    _mm_packs_epi16, _mm_packs_epi32, _mm_prefetch, _mm_set_epi32, _mm_set1_epi32,
+};
+
+/// Index of the last key that is not above the one sought, given a bit for each key that is (keys ascend, so the bits form a run
+/// at the top) and one more behind them. Key 0 is known not to be above.
+#[inline(always)]
+pub(super) fn last_not_above(above: u32) -> usize {
+    (above.trailing_zeros() as usize).saturating_sub(1)
+}
+
+/// A bit for each of 16 keys that is above `key`.
+#[inline(always)]
+pub(super) fn above(keys: &[i32; 16], key: i32) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE2, which all of these need and no more, is part of x86_64.
+    unsafe {
+        let four = |i: usize| compare([keys[i], keys[i + 1], keys[i + 2], keys[i + 3]], key);
+        let (low, high) = (_mm_packs_epi32(four(0), four(4)), _mm_packs_epi32(four(8), four(12)));
+        _mm_movemask_epi8(_mm_packs_epi16(low, high)) as u32
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    keys.iter().enumerate().fold(0, |above, (i, k)| above | u32::from(*k > key) << i)
+}
+
+/// A bit for each of 4 keys that is above `key`.
+#[inline(always)]
+pub(super) fn above_four(keys: [i32; 4], key: i32) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE2 is part of x86_64.
+    unsafe {
+        _mm_movemask_ps(_mm_castsi128_ps(compare(keys, key))) as u32
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    keys.iter().enumerate().fold(0, |above, (i, k)| above | u32::from(*k > key) << i)
+}
+
+/// All ones for each key that is above `key`, in order from the lowest lane.
+#[inline(always)]
+#[cfg(target_arch = "x86_64")]
+fn compare([a, b, c, d]: [i32; 4], key: i32) -> __m128i {
+    // SAFETY: SSE2 is part of x86_64.
+    unsafe { _mm_cmpgt_epi32(_mm_set_epi32(d, c, b, a), _mm_set1_epi32(key)) }
+}
+
+/// Asks for the cache line at `at`. Any address will do: a prefetch never faults.
+#[inline(always)]
+pub(super) fn prefetch(at: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(miri)))]
+    // SAFETY: SSE is part of x86_64, and the instruction is a hint that ignores addresses it cannot read.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(all(target_arch = "x86_64", not(miri))))]
+    let _ = at;
+}
+
+/// Asks for the cache line that `place` starts in.
+#[inline(always)]
+pub(crate) fn prefetch_read<T>(place: &T) {
+    prefetch(std::ptr::from_ref(place).cast());
+}
