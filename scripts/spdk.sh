@@ -208,9 +208,9 @@ fetch_source() {
       found="$mirror"
       break
     fi
-    note "$mirror does not serve $SUITE; trying the next"
+    note "$mirror: no sources of $SUITE that verify (see the log); trying the next"
   done
-  [ -n "$found" ] || die "none of the Debian mirrors of this machine serves the sources of $SUITE" \
+  [ -n "$found" ] || die "none of this machine's Debian mirrors gives sources of $SUITE that verify" \
     "tried: ${mirrors[*]}" "what apt said: $LOG"
   note "from $found (the mirror in this machine's apt sources)"
   # apt verifies index and archive by hash from the signed release file; a partial download is continued.
@@ -237,6 +237,7 @@ extract_source() {
     die "this $SOURCE_PACKAGE carries SPDK $major.$minor, and this script knows how to build $SPDK_RELEASE"
 }
 
+# shellcheck disable=SC2030,SC2031 # the environment is meant for the subshell alone
 build() {
   local arch_options=()
   # A prefix may be copied to another machine, so no -march=native; x86-64-v2 is what DPDK needs at least (SSE4.2).
@@ -258,6 +259,7 @@ build() {
 }
 
 # Puts a complete prefix together beside the old one, and swaps them by rename.
+# shellcheck disable=SC2030,SC2031 # as above
 install_prefix() {
   local stage="$WORK/stage" root program
   rm -rf "$stage"
@@ -319,8 +321,10 @@ command_install() {
     printf 'SPDK %s is installed: %s\n' "$SPDK_RELEASE" "$PREFIX"
     return
   fi
-  command -v apt-get >/dev/null && command -v dpkg-query >/dev/null || die "this script knows Debian only" \
-    "install SPDK $SPDK_RELEASE or later yourself and set SPDK_DIR to its prefix"
+  if ! command -v apt-get dpkg-query >/dev/null; then
+    die "this script knows Debian only" \
+      "install SPDK $SPDK_RELEASE or later yourself and set SPDK_DIR to its prefix"
+  fi
   mkdir -p "$CACHE"
   # One at a time; the lock goes away with the process, however it ends.
   exec 9>"$CACHE/spdk.lock"

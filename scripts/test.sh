@@ -46,7 +46,7 @@ check_toolchain() {
 
 checks() {
   if cargo fmt --version >/dev/null 2>&1; then
-    step "rustfmt" cargo fmt --all --check
+    step "rustfmt" cargo fmt --all -- --check --color never
   else
     skip tool "rustfmt" "this toolchain has no rustfmt (rustup component add rustfmt)"
   fi
@@ -57,8 +57,6 @@ checks() {
   fi
   if cargo clippy --version >/dev/null 2>&1; then
     step "clippy" cargo clippy --locked --all-targets -- -D warnings
-    # Alone, without the `internals` feature that bench turns on.
-    step "clippy: fs-core alone" cargo clippy --locked -p fs-core --all-targets -- -D warnings
   else
     skip tool "clippy" "this toolchain has no clippy (rustup component add clippy)"
   fi
@@ -99,14 +97,12 @@ reason_of() {
 # Without SPDK: no root, no huge pages
 
 default_tests() {
-  # The crates of the workspace's default-members: all but spdk-sys.
+  # The crates of the workspace's default-members: all but spdk-sys. This builds examples and programs too.
   step "tests" cargo test --locked --no-fail-fast
-  step "example: quickstart" cargo run --locked --quiet --profile test -p fs-core --example quickstart
-  step "example: futures" cargo run --locked --quiet --profile test -p fs-core --example futures
+  step "example: quickstart" "$(target_dir)/debug/examples/quickstart"
+  step "example: futures" "$(target_dir)/debug/examples/futures"
   # The device is a file in the build directory (or TMPDIR), removed at the end: /tmp may be memory, and small.
-  mkdir -p "$(target_dir)"
-  step "demo on a file" env TMPDIR="${TMPDIR:-$(cd "$(target_dir)" && pwd)}" \
-    cargo run --locked --quiet --profile test -p bench -- "${DEMO[@]}"
+  step "demo on a file" env TMPDIR="${TMPDIR:-$(cd "$(target_dir)" && pwd)}" "$(target_dir)/debug/bench" "${DEMO[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,8 +127,7 @@ spdk_tests() {
   fi
   # From here on a test that finds no huge pages is a failure, not one that passes because it did nothing.
   step "tests with SPDK" env GAUR_REQUIRE_SPDK=1 cargo test --locked --no-fail-fast "${crates[@]}" "${features[@]}"
-  step "demo on an SPDK malloc bdev" cargo run --locked --quiet --profile test -p bench --features spdk -- \
-    "${DEMO[@]}" --device "$SPDK_DEVICE"
+  step "demo on an SPDK malloc bdev" "$(target_dir)/debug/bench" "${DEMO[@]}" --device "$SPDK_DEVICE"
 }
 
 get_spdk() {

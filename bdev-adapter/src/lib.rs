@@ -1,8 +1,8 @@
 //! One block-device contract and its backends.
 //!
 //! Read in this order: [`contract`] (what every device promises), [`dma`] (buffers) and [`pool`] (where they come from),
-//! [`uri`] (how devices are named) and [`open`](mod@open), then the backends: [`mem`], [`file`], and `spdk` behind the
-//! feature of that name; then what stands around a device: [`wrap`], and beside one: [`blocking`], [`image`].
+//! [`uri`] (how devices are named) and [`open`](mod@open), then the backends: [`mem`], [`file`](mod@file), and `spdk`
+//! behind the feature of that name; then what stands around a device: [`wrap`], and beside one: [`blocking`], [`image`].
 //!
 //! ```
 //! use bdev_adapter::{OpenOptions, blocking::BlockingIo};

@@ -3,6 +3,7 @@
 //! All `unsafe` of the bench is here: four libc calls that fill plain structs.
 
 use std::mem;
+use std::time::{Duration, Instant};
 
 /// CPU time that the calling thread has used, in nanoseconds.
 pub(crate) fn thread_cpu_ns() -> u64 {
@@ -13,6 +14,41 @@ pub(crate) fn thread_cpu_ns() -> u64 {
         return 0;
     }
     time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// Which time counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Clock {
+    /// The time that passes
+    Wall,
+    /// The CPU time of the measuring thread. A thread that polls uses its core all the time, so on a quiet machine both
+    /// are the same; on a busy one this leaves out the time in which others had the core
+    Cpu,
+}
+
+impl Clock {
+    /// Starts to measure.
+    pub(crate) fn start(self) -> Stopwatch {
+        Stopwatch { clock: self, wall: Instant::now(), cpu_ns: thread_cpu_ns() }
+    }
+}
+
+/// A running measurement of the calling thread.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stopwatch {
+    clock: Clock,
+    wall: Instant,
+    cpu_ns: u64,
+}
+
+impl Stopwatch {
+    /// The time since the start, by its clock. Wall: some 25 ns; CPU: a system call.
+    pub(crate) fn elapsed(&self) -> Duration {
+        match self.clock {
+            Clock::Wall => self.wall.elapsed(),
+            Clock::Cpu => Duration::from_nanos(thread_cpu_ns() - self.cpu_ns),
+        }
+    }
 }
 
 /// What the calling thread has used of the machine.

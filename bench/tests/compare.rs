@@ -63,6 +63,14 @@ fn a_row_has_exactly_the_keys_of_the_schema() {
 }
 
 #[test]
+fn cpu_time_can_be_the_clock() {
+    let args = ["compare", "--device", "mem:128MiB", "--repeats", "1", "--seconds", "0.01", "--clock", "cpu"];
+    let run = bench(args.iter().chain(&["--only", "seqread1m_vs_raw", "--json"])).ok();
+    assert!(run.json()[0]["ours"].as_f64().unwrap() > 0.0);
+    assert!(run.stderr.contains("CPU time"), "{}", run.stderr);
+}
+
+#[test]
 fn mount_time_of_a_huge_sparse_device_is_measured() {
     let args =
         ["compare", "--device", "mem:64MiB", "--repeats", "1", "--only", "mount_8tib_vs_8gib", "--json"];

@@ -92,7 +92,8 @@ struct Referenced(HashMap<RegionId, Box<[u64; REGION_BLOCKS as usize / 64]>>);
 impl Referenced {
     /// Marks a block; false when it was marked already.
     fn mark(&mut self, addr: BlockAddr) -> bool {
-        let words = self.0.entry(region_of(addr)).or_insert_with(|| Box::new([0; REGION_BLOCKS as usize / 64]));
+        let words =
+            self.0.entry(region_of(addr)).or_insert_with(|| Box::new([0; REGION_BLOCKS as usize / 64]));
         let bit = addr.0 % REGION_BLOCKS;
         let word = &mut words[(bit / 64) as usize];
         let fresh = *word >> (bit % 64) & 1 == 0;
@@ -190,7 +191,10 @@ impl Checker<'_> {
             loop {
                 let next = transact(self.core, self.io, |t| {
                     let meta = &mut *t.meta;
-                    Ok(walk.step(&meta.trees[kind.index()], &mut meta.cache).map_err(Stop::from)?.map(|(ptr, _)| ptr))
+                    Ok(walk
+                        .step(&meta.trees[kind.index()], &mut meta.cache)
+                        .map_err(Stop::from)?
+                        .map(|(ptr, _)| ptr))
                 })
                 .await;
                 match next {
@@ -346,7 +350,13 @@ impl Checker<'_> {
         match inode {
             Some(inode) => {
                 let unfinished = self.orphans.contains_key(&id);
-                Ok(Owner { id, size: inode.size, counts: Some((inode.extents, inode.blocks)), unfinished, ..Owner::default() })
+                Ok(Owner {
+                    id,
+                    size: inode.size,
+                    counts: Some((inode.extents, inode.blocks)),
+                    unfinished,
+                    ..Owner::default()
+                })
             }
             None => {
                 self.report.problem(format!("extents of inode {id}, which is missing"));
@@ -455,7 +465,8 @@ impl Checker<'_> {
         let counts = self.core.meta.lock().alloc.counts();
         if counts.total - counts.free != used {
             let stored = counts.total - counts.free;
-            self.report.problem(format!("{stored} blocks are counted as used, the region records have {used}"));
+            self.report
+                .problem(format!("{stored} blocks are counted as used, the region records have {used}"));
         }
         Ok(())
     }

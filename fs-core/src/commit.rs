@@ -79,11 +79,15 @@ pub(crate) async fn sync(core: &Arc<Core>, io: &Io) -> Result<()> {
     if core.is_read_only() {
         return Ok(());
     }
-    let target = {
-        let meta = core.meta.lock();
-        if meta.changed { meta.generation } else { Generation(meta.generation.0 - 1) }
-    };
-    reach(core, io, target).await
+    let target = core.meta.lock().last_changed();
+    reach(core, io, target, Core::check_not_sealed).await
+}
+
+/// The last sync of an unmount: all others that would begin now are refused.
+pub(crate) async fn sync_last(core: &Arc<Core>, io: &Io) -> Result<()> {
+    core.check_failed()?;
+    let target = core.meta.lock().last_changed();
+    reach(core, io, target, |_| Ok(())).await
 }
 
 /// Makes a file durable. As yet by a whole commit; the intent log goes here.
@@ -98,25 +102,26 @@ pub(crate) fn make_room<'a>(
     io: &'a Io,
 ) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
     let target = core.meta.lock().generation;
-    Box::pin(reach(core, io, target))
+    Box::pin(reach(core, io, target, Core::check_not_sealed))
 }
 
-/// Returns when `target` is durable, by waiting for the commit that runs or by running one.
-async fn reach(core: &Arc<Core>, io: &Io, target: Generation) -> Result<()> {
+/// Returns when `target` is durable, by waiting for the commit that runs or by running one while `check` allows it.
+async fn reach(core: &Arc<Core>, io: &Io, target: Generation, check: fn(&Core) -> Result<()>) -> Result<()> {
     loop {
         let mine = poll_fn(|cx| {
             let mut state = core.gate.0.lock();
             if state.durable >= target {
-                return Poll::Ready(false);
+                return Poll::Ready(Ok::<_, Error>(false));
             }
             if !state.running {
+                check(core)?;
                 state.running = true;
-                return Poll::Ready(true);
+                return Poll::Ready(Ok(true));
             }
             state.waiting.push(cx.waker().clone());
             Poll::Pending
         })
-        .await;
+        .await?;
         if !mine {
             return Ok(());
         }
@@ -270,7 +275,8 @@ async fn write_nodes(core: &Arc<Core>, io: &Io, nodes: &[(BlockAddr, Arc<Node>)]
     let mut at = 0;
     while at < order.len() {
         let first = order[at].0;
-        let adjacent = order[at..].iter().zip(first.0..).take(NODES_PER_WRITE).take_while(|(n, a)| n.0.0 == *a);
+        let adjacent =
+            order[at..].iter().zip(first.0..).take(NODES_PER_WRITE).take_while(|(n, a)| n.0.0 == *a);
         let count = adjacent.count();
         let mut buf = io.buffer(count * BLOCK_SIZE)?;
         for (block, (_, node)) in buf.chunks_exact_mut(BLOCK_SIZE).zip(&order[at..at + count]) {

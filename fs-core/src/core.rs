@@ -1,14 +1,15 @@
 //! The core of a mount: what all channels share.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
 
-use bdev_adapter::{Claim, Device};
+use bdev_adapter::{Claim, Device, IoErrorKind};
 use parking_lot::Mutex;
 
-use crate::channel::ChannelCore;
 use crate::channel::holds::Registry;
 use crate::channel::operation::StatFs;
+use crate::channel::{ChannelCore, Driven};
 use crate::checksum_cache::ChecksumCache;
 use crate::commit::Gate;
 use crate::error::{Error, Result};
@@ -21,6 +22,23 @@ use crate::types::{BLOCK_SIZE, BlockAddr, Generation, InodeId, Run};
 
 /// Ticks without a poll after which a channel counts as left alone. A tick is about a millisecond.
 const ABANDONED_TICKS: u64 = 2;
+
+/// Longest sleep between two looks at the channels of a mount that is being taken down.
+const DRAIN_NAP: Duration = Duration::from_micros(50);
+
+/// How far an unmount has come; each phase includes the ones before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(crate) enum Phase {
+    /// It has not begun.
+    Mounted,
+    /// New operations are refused, those in flight go on.
+    Closing,
+    /// No transaction changes anything any more: the last commit has all that was answered with success.
+    Sealed,
+    /// Nothing reaches the device any more.
+    Unmounted,
+}
 
 /// See the module documentation.
 pub(crate) struct Core {
@@ -42,12 +60,18 @@ pub(crate) struct Core {
     /// Why nothing can be written any more.
     failed: Mutex<Option<Error>>,
     has_failed: AtomicBool,
-    unmounted: AtomicBool,
+    phase: AtomicU8,
     claim: Mutex<Option<Claim>>,
 }
 
 impl Core {
-    pub(crate) fn new(claim: Claim, device: Arc<dyn Device>, options: MountOptions, superblock: OnDisk, meta: Meta) -> Core {
+    pub(crate) fn new(
+        claim: Claim,
+        device: Arc<dyn Device>,
+        options: MountOptions,
+        superblock: OnDisk,
+        meta: Meta,
+    ) -> Core {
         let durable = Generation(superblock.generation.get());
         Core {
             total_blocks: meta.total_blocks,
@@ -62,7 +86,7 @@ impl Core {
             ticks: AtomicU64::new(ABANDONED_TICKS),
             failed: Mutex::new(None),
             has_failed: AtomicBool::new(false),
-            unmounted: AtomicBool::new(false),
+            phase: AtomicU8::new(Phase::Mounted as u8),
             claim: Mutex::new(Some(claim)),
             meta: Mutex::new(meta),
             options,
@@ -115,17 +139,38 @@ impl Core {
             return Ok(());
         }
         match &*self.failed.lock() {
-            Some(error) => Err(Error::ReadOnly { why: format!("the filesystem turned read-only after: {error}") }),
+            Some(error) => {
+                Err(Error::ReadOnly { why: format!("the filesystem turned read-only after: {error}") })
+            }
             None => Ok(()),
         }
     }
 
+    fn check_before(&self, phase: Phase) -> Result<()> {
+        if self.phase.load(Ordering::Acquire) < phase as u8 { Ok(()) } else { Err(Error::Unmounted) }
+    }
+
+    /// Whether new operations are accepted.
     pub(crate) fn check_mounted(&self) -> Result<()> {
-        if self.unmounted.load(Ordering::Acquire) { Err(Error::Unmounted) } else { Ok(()) }
+        self.check_before(Phase::Closing)
+    }
+
+    /// Whether operations that were accepted may go on.
+    pub(crate) fn check_not_sealed(&self) -> Result<()> {
+        self.check_before(Phase::Sealed)
+    }
+
+    /// What an operation answers that failed with `error`: once nothing reaches the device, that is the reason.
+    pub(crate) fn explain(&self, error: Error) -> Error {
+        let gone = matches!(&error, Error::Io { source, .. } if source.kind == IoErrorKind::Gone);
+        match self.check_before(Phase::Unmounted) {
+            Err(unmounted) if gone || matches!(error, Error::ReadOnly { .. }) => unmounted,
+            _ => error,
+        }
     }
 
     pub(crate) fn check_writable(&self) -> Result<()> {
-        self.check_mounted()?;
+        self.check_not_sealed()?;
         self.check_failed()?;
         if self.is_read_only() {
             return Err(Error::ReadOnly { why: format!("'{}' is mounted read-only", self.device.name()) });
@@ -227,10 +272,12 @@ impl Core {
 
     /// Opens a queue pair for another channel.
     pub(crate) fn add_channel(self: &Arc<Core>) -> Result<Arc<ChannelCore>> {
-        self.check_mounted()?;
         let queue_pair = Arc::clone(&self.device).queue_pair()?;
         let channel = Arc::new(ChannelCore::new(self, queue_pair));
-        self.channels.lock().push(Arc::clone(&channel));
+        let mut channels = self.channels.lock();
+        // Under the lock: `shut_down` takes the queue pairs of all that it finds, and none comes later.
+        self.check_before(Phase::Unmounted)?;
+        channels.push(Arc::clone(&channel));
         Ok(channel)
     }
 
@@ -265,10 +312,45 @@ impl Core {
         busy
     }
 
+    // ---- the end
+
+    /// Refuses new operations. False when somebody else is unmounting already.
+    pub(crate) fn close(&self) -> bool {
+        let (from, to) = (Phase::Mounted as u8, Phase::Closing as u8);
+        self.phase.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+
+    /// Ends all changes, but for commits.
+    pub(crate) fn seal(&self) {
+        // Under the lock: no transaction is half way through.
+        let _meta = self.meta.lock();
+        self.phase.store(Phase::Sealed as u8, Ordering::Release);
+    }
+
+    /// Drives all channels until none has an operation in flight. In turn, since operations of different channels may wait for
+    /// each other.
+    pub(crate) fn drain(&self) {
+        loop {
+            let channels = self.channels.lock().clone();
+            let driven: Vec<Driven> = channels.iter().map(|channel| channel.drive_to_end()).collect();
+            if driven.iter().all(|driven| *driven == Driven::Idle) {
+                return;
+            }
+            if driven.iter().all(|driven| *driven != Driven::Advanced) {
+                std::thread::sleep(DRAIN_NAP);
+            }
+        }
+    }
+
     /// Lets every operation in flight complete, takes the queue pairs away and gives the device back.
     pub(crate) fn shut_down(&self) {
-        self.unmounted.store(true, Ordering::Release);
-        let channels = std::mem::take(&mut *self.channels.lock());
+        self.seal();
+        self.drain();
+        let channels = {
+            let mut channels = self.channels.lock();
+            self.phase.store(Phase::Unmounted as u8, Ordering::Release);
+            std::mem::take(&mut *channels)
+        };
         for channel in channels {
             channel.shut_down();
         }

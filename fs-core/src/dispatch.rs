@@ -57,7 +57,9 @@ fn done((): ()) -> Output {
 /// The buffer of an operation that is not going to be done.
 pub(crate) fn into_buf(operation: Operation) -> Option<DmaBuf> {
     match operation {
-        Operation::Read { buf, .. } | Operation::Write { buf, .. } | Operation::Append { buf, .. } => Some(buf),
+        Operation::Read { buf, .. } | Operation::Write { buf, .. } | Operation::Append { buf, .. } => {
+            Some(buf)
+        }
         _ => None,
     }
 }

@@ -23,7 +23,9 @@ pub enum Error {
         source: Box<bdev_adapter::IoError>,
     },
     /// The device holds no Gaur filesystem.
-    #[error("'{device}' holds no Gaur filesystem: {why}; `bench mkfs --device {device}` would make one (and erase the device)")]
+    #[error(
+        "'{device}' holds no Gaur filesystem: {why}; `bench mkfs --device {device}` would make one (and erase the device)"
+    )]
     NotAFilesystem {
         /// The device.
         device: String,
@@ -77,7 +79,9 @@ pub enum Error {
         what: String,
     },
     /// File data that was read back does not have its checksum.
-    #[error("checksum mismatch in {inode:?} at byte {offset} (block {addr} of the device): stored {stored:#010x}, found {found:#010x}")]
+    #[error(
+        "checksum mismatch in {inode:?} at byte {offset} (block {addr} of the device): stored {stored:#010x}, found {found:#010x}"
+    )]
     DataChecksum {
         /// The file.
         inode: InodeId,

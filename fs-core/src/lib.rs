@@ -16,36 +16,56 @@
 //!
 //! The modules stand in the order in which a write meets them.
 
-mod channel;
-mod dispatch;
-mod namespace;
-mod file;
-mod range_lock;
-mod write;
-mod read;
-mod truncate;
-mod ordered;
-#[allow(dead_code, unused_imports, unreachable_pub, reason = "a structure with a whole interface; not all of it has a user yet")]
+#[allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    reason = "a structure with a whole interface; not all of it has a user yet"
+)]
 mod alloc;
-mod pieces;
-#[allow(dead_code, unused_imports, unreachable_pub, reason = "a structure with a whole interface; not all of it has a user yet")]
-mod extent_map;
-#[allow(dead_code, unused_imports, unreachable_pub, reason = "a structure with a whole interface; not all of it has a user yet")]
-mod checksum_cache;
-mod load;
-mod records;
-mod txn;
-#[allow(dead_code, unused_imports, unreachable_pub, reason = "a structure with a whole interface; not all of it has a user yet")]
-mod tree;
-mod commit;
-mod superblock;
-mod core;
-mod mount;
+mod channel;
 mod check;
-mod stats;
+#[allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    reason = "a structure with a whole interface; not all of it has a user yet"
+)]
+mod checksum_cache;
+mod commit;
+mod core;
+mod dispatch;
 mod error;
+#[allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    reason = "a structure with a whole interface; not all of it has a user yet"
+)]
+mod extent_map;
+mod file;
+mod load;
+mod mount;
+mod namespace;
+mod ordered;
+mod pieces;
+mod range_lock;
+mod read;
+mod records;
+mod stats;
+mod superblock;
+#[allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    reason = "a structure with a whole interface; not all of it has a user yet"
+)]
+mod tree;
+mod truncate;
+mod txn;
 #[allow(unreachable_pub, reason = "some of the types are public, the others have the same form")]
 mod types;
+mod write;
 
 pub use crate::channel::operation::{Completion, DirEntry, OpenFlags, Operation, Output, Stat, StatFs};
 pub use crate::channel::{Channel, List, OpFuture};

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use crate::channel::io::Io;
 use crate::core::Core;
 use crate::error::Result;
-use crate::file::FileInner;
-use crate::records::{checksums, extents};
-use crate::txn::transact;
-use crate::pieces::{self, Piece};
-use crate::types::{BlockAddr, FileBlock, Run};
 use crate::file;
+use crate::file::FileInner;
+use crate::pieces::{self, Piece};
+use crate::records::{checksums, extents};
+use crate::txn::{Stop, transact};
+use crate::types::{BlockAddr, FileBlock, Run};
 
 /// Extent records that are loaded at once.
 const BATCH: usize = 128;
@@ -21,17 +21,17 @@ const BATCH: usize = 128;
 /// Loads the extents around `at` into the map of `file`.
 pub(crate) async fn extents(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, at: FileBlock) -> Result<()> {
     let end_of_file = FileBlock(file::FILE_BLOCKS_MAX);
-    let (ticket, end, found) = transact(core, io, |t| {
+    transact(core, io, |t| {
         let ticket = file.map.load_ticket();
         let found = extents::overlapping(t, file.id, at, end_of_file, BATCH)?;
         let end = match found.last() {
             Some(last) if found.len() == BATCH => last.end(),
             _ => end_of_file,
         };
-        Ok((ticket, end, found))
+        // Still under the metadata lock: the blocks whose checksums go to the cache cannot be given to others meanwhile.
+        pieces::load(&file.map, ticket, at, end, &found, &core.checksums).map_err(Stop::Fail)
     })
-    .await?;
-    pieces::load(&file.map, ticket, at, end, &found, &core.checksums)
+    .await
 }
 
 /// The stored checksums of `piece`, which are put into the cache.
@@ -67,7 +67,7 @@ fn cache(core: &Core, first: BlockAddr, sums: &[Option<u32>]) {
     while at < sums.len() {
         let known: Vec<u32> = sums[at..].iter().map_while(|s| *s).collect();
         if !known.is_empty() {
-            core.checksums.insert(first.plus(at as u64), &known);
+            core.checksums.fill(first.plus(at as u64), &known);
         }
         at += known.len() + 1;
     }

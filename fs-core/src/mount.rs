@@ -198,8 +198,9 @@ fn open_meta(sb: &OnDisk, options: &MountOptions) -> Result<Meta> {
         if root.height.get() == 0 {
             continue;
         }
-        let level = u8::try_from(root.height.get() - 1)
-            .map_err(|_| Error::corrupt(format!("the {} tree is {} levels high", kind.name(), root.height)))?;
+        let level = u8::try_from(root.height.get() - 1).map_err(|_| {
+            Error::corrupt(format!("the {} tree is {} levels high", kind.name(), root.height))
+        })?;
         let ptr = NodePtr {
             addr: BlockAddr(root.addr.get()),
             generation: Generation(root.generation.get()),
@@ -360,6 +361,7 @@ impl Filesystem {
     /// # Errors
     /// [`Error::Device`] when the device has no more queue pairs, [`Error::Unmounted`].
     pub fn channel(&self) -> Result<Channel> {
+        self.mounted.core.check_mounted()?;
         Channel::new(&self.mounted.core)
     }
 
@@ -403,7 +405,7 @@ impl Filesystem {
 impl Mounted {
     fn unmount(&self, commit: bool) -> Result<()> {
         let core = &self.core;
-        if core.check_mounted().is_err() {
+        if !core.close() {
             return Ok(());
         }
         if let Some(helper) = self.helper.lock().take() {
@@ -415,16 +417,17 @@ impl Mounted {
     }
 }
 
-/// The last commit.
+/// Lets what was accepted complete, and commits it. What is answered with success is in the last commit: blocking calls of
+/// other threads, which nobody waits for here, change nothing any more once the core is sealed.
 fn finish(core: &Arc<Core>) -> Result<()> {
+    core.drain();
     if core.is_read_only() {
         return Ok(());
     }
     let channel = Channel::new(core)?;
-    channel.block_on(async {
-        truncate::reap(core, &channel.shared.io).await?;
-        commit::sync(core, &channel.shared.io).await
-    })
+    let reaped = channel.block_on(truncate::reap(core, &channel.shared.io));
+    core.seal();
+    reaped.and(channel.block_on(commit::sync_last(core, &channel.shared.io)))
 }
 
 impl Drop for Mounted {

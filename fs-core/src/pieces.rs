@@ -4,7 +4,9 @@ use smallvec::SmallVec;
 
 use crate::checksum_cache::ChecksumCache;
 use crate::error::{Error, Result};
-use crate::extent_map::{BlockEnd, BlockRange, Entry, ExtentMap, LoadTicket, Mapping, NewExtent, PublishWrite, View};
+use crate::extent_map::{
+    BlockEnd, BlockRange, Entry, ExtentMap, LoadTicket, Mapping, NewExtent, PublishWrite, View,
+};
 use crate::records::extents::Extent;
 use crate::types::{BlockAddr, FileBlock};
 
@@ -98,7 +100,7 @@ pub(crate) fn load(
     checksums: &ChecksumCache,
 ) -> Result<()> {
     let range = BlockRange::between(from, BlockEnd(to.0));
-    map.load(range, ticket, &to_map(found), &mut |addr, sum| checksums.insert(addr, &[sum]))
+    map.load(range, ticket, &to_map(found), &mut |addr, sum| checksums.fill(addr, &[sum]))
         .map_err(|bad| Error::corrupt(bad.to_string()))?;
     Ok(())
 }

@@ -52,7 +52,13 @@ struct Snapshot<'a> {
 }
 
 /// Step 1.
-async fn snapshot<'a>(core: &Arc<Core>, io: &'a Io, file: &Arc<FileInner>, offset: u64, len: u64) -> Result<Snapshot<'a>> {
+async fn snapshot<'a>(
+    core: &Arc<Core>,
+    io: &'a Io,
+    file: &Arc<FileInner>,
+    offset: u64,
+    len: u64,
+) -> Result<Snapshot<'a>> {
     loop {
         let hold = Hold::take(core, io);
         let missing = {
@@ -249,7 +255,12 @@ async fn finish(
 }
 
 /// The checksums that the blocks of `piece` must have; `None` for a block that has none stored.
-async fn expected(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, piece: &Piece) -> Result<Vec<Option<u32>>> {
+async fn expected(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    piece: &Piece,
+) -> Result<Vec<Option<u32>>> {
     if !core.options.verify_data {
         return Ok(vec![None; piece.len as usize]);
     }

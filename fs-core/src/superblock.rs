@@ -170,7 +170,10 @@ pub(crate) fn mark_reserved(alloc: &mut Allocator, total_blocks: u64) -> Result<
 pub(crate) fn total_blocks(device: &str, geometry: &Geometry) -> Result<u64> {
     if geometry.block_size as usize > BLOCK_SIZE {
         return Err(Error::BadOption {
-            what: format!("'{device}' has sectors of {} bytes; at most {BLOCK_SIZE} work", geometry.block_size),
+            what: format!(
+                "'{device}' has sectors of {} bytes; at most {BLOCK_SIZE} work",
+                geometry.block_size
+            ),
         });
     }
     if geometry.capacity < MIN_DEVICE_BYTES {
@@ -238,7 +241,9 @@ impl OnDisk {
         let unsupported = |why: String| Error::UnsupportedFormat { device: device.to_owned(), why };
         if self.format_version.get() != FORMAT_VERSION {
             let found = self.format_version.get();
-            return Err(unsupported(format!("format version {found}; this code reads version {FORMAT_VERSION}")));
+            return Err(unsupported(format!(
+                "format version {found}; this code reads version {FORMAT_VERSION}"
+            )));
         }
         let unknown = self.incompatible.get() & !KNOWN_INCOMPATIBLE;
         if unknown != 0 {
@@ -246,7 +251,9 @@ impl OnDisk {
         }
         let unknown = self.read_only_compatible.get() & !KNOWN_READ_ONLY_COMPATIBLE;
         if write && unknown != 0 {
-            return Err(unsupported(format!("unknown features {unknown:#x}: it can only be mounted read-only")));
+            return Err(unsupported(format!(
+                "unknown features {unknown:#x}: it can only be mounted read-only"
+            )));
         }
         if self.compatible.get() & !KNOWN_COMPATIBLE != 0 {
             log::info!("{device}: unknown compatible features {:#x}", self.compatible);

@@ -18,7 +18,7 @@ use crate::range_lock::Mode;
 use crate::records::extents::{Extent, Replacement};
 use crate::records::orphans::{self, Work};
 use crate::records::{extents, inodes};
-use crate::txn::{Stop, Txn, transact};
+use crate::txn::{Room, Stop, Txn, transact};
 use crate::types::{BLOCK_SIZE, FileBlock, InodeId};
 use crate::write::Stored;
 use crate::{pieces, read, write};
@@ -36,7 +36,12 @@ pub(crate) async fn truncate(core: &Arc<Core>, io: &Io, file: &File, size: u64) 
 }
 
 /// The same for a file whose handle has been checked.
-pub(crate) async fn truncate_inner(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, size: u64) -> Result<()> {
+pub(crate) async fn truncate_inner(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    size: u64,
+) -> Result<()> {
     // From the last block that stays on: whoever appends or writes there waits.
     let _guard = file.lock.lock(FileBlock::containing(size).byte()..u64::MAX, Mode::Exclusive).await;
     let old = file.size();
@@ -46,7 +51,8 @@ pub(crate) async fn truncate_inner(core: &Arc<Core>, io: &Io, file: &Arc<FileInn
     let tail = if size < old { zeroed_tail(core, io, file, size).await? } else { None };
     let kept = FileBlock::at_or_after(size);
     let more = transact(core, io, |t| {
-        let beyond = if size < old { extents::last_beyond(t, file.id, kept, STEP + 1)? } else { Default::default() };
+        let beyond =
+            if size < old { extents::last_beyond(t, file.id, kept, STEP + 1)? } else { Default::default() };
         let more = beyond.len() > STEP;
         let dropped = &beyond[beyond.len().saturating_sub(STEP)..];
         let new_tail = tail.as_ref().map_or(Default::default(), |tail| tail.records(t.generation()));
@@ -125,7 +131,7 @@ async fn zeroed_tail(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, size: u64
         return Ok(None);
     }
     buf[keep..].fill(0);
-    let ordered = write::allocate(core, io, 1).await?;
+    let ordered = write::allocate(core, io, 1, Room::Shrink).await?;
     write::store(core, io, block, ordered, buf, size).await.0.map(Some)
 }
 

@@ -39,6 +39,11 @@ use crate::types::{BLOCK_SIZE, BlockAddr, Generation, InodeId, Run};
 /// or that a commit running before it freed.
 const COMMITS_MAX: u32 = 2;
 
+/// Nodes that any commit may need.
+const COMMIT_NEED_MIN: u64 = 64;
+/// Inodes in a leaf that is not about to be merged with its neighbour.
+const INODES_PER_LEAF_MIN: u64 = 8;
+
 /// A value read from a tree.
 pub(crate) type Value = SmallVec<[u8; 64]>;
 
@@ -74,6 +79,8 @@ pub(crate) enum Room {
     Data(u64),
     /// A few tree nodes.
     Metadata,
+    /// One data block that lets many go: it may come from what is kept back for deletes.
+    Shrink,
 }
 
 /// What addresses are possible.
@@ -128,15 +135,23 @@ impl Meta {
         (self.total_blocks / 64).clamp(256, 65536)
     }
 
+    /// The last generation that has a change in it.
+    pub(crate) fn last_changed(&self) -> Generation {
+        if self.changed { self.generation } else { Generation(self.generation.0 - 1) }
+    }
+
     /// Blocks that writes may still take.
     pub(crate) fn user_free(&self) -> u64 {
         self.alloc.counts().free.saturating_sub(self.reserve())
     }
 
-    /// Nodes that committing what is open now may allocate.
+    /// Nodes that committing what is open now may allocate: each record that it stores may copy its leaf and split it, and
+    /// there are no more space records than regions and groups, nor more inode leaves than the files fill.
     fn commit_need(&self) -> u64 {
-        let records = self.freed_in.len() + self.unpublished.len() + self.alloc.dirty() + self.dirty.len();
-        (4 * records + 64) as u64
+        let space = (self.freed_in.len() + self.unpublished.len() + self.alloc.dirty()) as u64;
+        let space = space.min(u64::from(self.alloc.regions()) + u64::from(self.alloc.groups()));
+        let inodes = (self.dirty.len() as u64).min(self.files / INODES_PER_LEAF_MIN + 8);
+        COMMIT_NEED_MIN + 4 * space + 2 * inodes
     }
 
     /// Dirty nodes at which a commit is due: what the free space and the node cache allow.
@@ -166,7 +181,7 @@ pub(crate) async fn transact<T>(
     io: &Io,
     body: impl FnMut(&mut Txn<'_>) -> Result<T, Stop> + Send,
 ) -> Result<T> {
-    transact_after(core, io, 0, body).await
+    transact_after(core, io, Core::check_not_sealed, 0, body).await
 }
 
 /// The same for the commit itself, which cannot ask for a commit to make room.
@@ -175,13 +190,15 @@ pub(crate) async fn transact_in_commit<T>(
     io: &Io,
     body: impl FnMut(&mut Txn<'_>) -> Result<T, Stop> + Send,
 ) -> Result<T> {
-    transact_after(core, io, COMMITS_MAX, body).await
+    // Commits go on to the end of an unmount.
+    transact_after(core, io, |_| Ok(()), COMMITS_MAX, body).await
 }
 
-/// The same after `commits` commits to make room for it.
+/// The same while `check` allows it, after `commits` commits to make room for it.
 async fn transact_after<T>(
     core: &Arc<Core>,
     io: &Io,
+    check: fn(&Core) -> Result<()>,
     mut commits: u32,
     mut body: impl FnMut(&mut Txn<'_>) -> Result<T, Stop> + Send,
 ) -> Result<T> {
@@ -190,7 +207,7 @@ async fn transact_after<T>(
     loop {
         let stop = {
             let mut meta = core.meta.lock();
-            core.check_mounted()?;
+            check(core)?;
             core.check_failed()?;
             let mut txn = Txn { core, meta: &mut meta, changed: false, ready: false, commits };
             match body(&mut txn) {
@@ -264,15 +281,10 @@ impl Txn<'_> {
     }
 
     /// The item with the greatest key at or below `key`.
-    pub(crate) fn floor(
-        &mut self,
-        kind: TreeKind,
-        key: &[u8],
-    ) -> Result<Option<(KeyBuf, Value)>, Stop> {
+    pub(crate) fn floor(&mut self, kind: TreeKind, key: &[u8]) -> Result<Option<(KeyBuf, Value)>, Stop> {
         let meta = &mut *self.meta;
-        let found = meta.trees[kind.index()].floor(&mut meta.cache, key, |key, value| {
-            (key.to_buf(), Value::from_slice(value))
-        })?;
+        let found = meta.trees[kind.index()]
+            .floor(&mut meta.cache, key, |key, value| (key.to_buf(), Value::from_slice(value)))?;
         Ok(found)
     }
 
@@ -311,11 +323,11 @@ impl Txn<'_> {
 
     /// Makes sure that there is room for what the transaction will use up. Deletes and commits do not ask.
     pub(crate) fn check_room(&mut self, room: Room) -> Result<(), Stop> {
-        let needed = match room {
-            Room::Data(blocks) => blocks + blocks / 64 + 8,
-            Room::Metadata => 16,
+        let (needed, available) = match room {
+            Room::Data(blocks) => (blocks + blocks / 64 + 8, self.meta.user_free()),
+            Room::Metadata => (16, self.meta.user_free()),
+            Room::Shrink => (8, self.meta.alloc.counts().free),
         };
-        let available = self.meta.user_free();
         if needed > available {
             return Err(Stop::Fail(Error::NoSpace { needed, available }));
         }
@@ -323,16 +335,22 @@ impl Txn<'_> {
             return Err(Stop::Commit);
         }
         // What is free may have to be committed first; commits themselves need the reserve.
-        if needed + self.meta.commit_need().max(self.meta.reserve() / 2) > self.meta.alloc.counts().available_now {
+        let kept = if matches!(room, Room::Shrink) { 0 } else { self.meta.reserve() / 2 };
+        if needed + self.meta.commit_need().max(kept) > self.meta.alloc.counts().available_now {
             return Err(self.no_space_now(needed));
         }
         Ok(())
     }
 
+    /// A commit would make room: it frees blocks, or what it needs itself is much.
+    fn commit_helps(&self) -> bool {
+        self.meta.alloc.counts().pending > 0 || self.meta.commit_need() > COMMIT_NEED_MIN
+    }
+
     /// There is no space at this moment: a commit may free some; else it is an error.
     fn no_space_now(&self, needed: u64) -> Stop {
         let counts = self.meta.alloc.counts();
-        if counts.pending > 0 && self.commits < COMMITS_MAX {
+        if self.commit_helps() && self.commits < COMMITS_MAX {
             return Stop::Commit;
         }
         Stop::Fail(Error::NoSpace { needed, available: counts.available_now })
@@ -345,7 +363,10 @@ impl Txn<'_> {
         let nodes = (2 * changes + height) as u64;
         // The commit that makes this durable must have its room too.
         let counts = self.meta.alloc.counts();
-        if nodes + self.meta.commit_need() > counts.available_now && counts.pending > 0 && self.commits < COMMITS_MAX {
+        if nodes + self.meta.commit_need() > counts.available_now
+            && self.commit_helps()
+            && self.commits < COMMITS_MAX
+        {
             return Err(Stop::Commit);
         }
         match self.meta.alloc.ensure_ready(Stream::Metadata, nodes) {
@@ -433,7 +454,9 @@ impl Txn<'_> {
                 Ok(run) => {
                     left -= run.len;
                     match runs.last_mut() {
-                        Some(last) if last.end() == run.start && region_of(last.start) == region_of(run.start) => {
+                        Some(last)
+                            if last.end() == run.start && region_of(last.start) == region_of(run.start) =>
+                        {
                             last.len += run.len;
                         }
                         _ => runs.push(run),
@@ -537,6 +560,8 @@ impl Txn<'_> {
         self.meta.generation = Generation(self.meta.generation.0 + 1);
         self.meta.changed = false;
         self.meta.freed_in.clear();
+        // What the commit was promised and did not take is free for all again; dropping a promise cannot fail.
+        let _ = self.meta.alloc.ensure_ready(Stream::Metadata, 0);
         self.core.set_open_generation(self.meta.generation);
     }
 }

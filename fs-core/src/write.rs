@@ -95,7 +95,8 @@ pub(crate) async fn write_buf(
     let mut all = Pieces::new();
     for piece in pieces {
         let rest = buf.split_off(piece.len);
-        let (result, front) = store(core, io, piece.at(), piece.ordered, buf, piece.offset + piece.len as u64).await;
+        let (result, front) =
+            store(core, io, piece.at(), piece.ordered, buf, piece.offset + piece.len as u64).await;
         let whole = join(written.take(), front);
         match result {
             Ok(stored) => all.push(stored),
@@ -149,7 +150,8 @@ type Pieces<T> = SmallVec<[T; 1]>;
 async fn allocate_all(core: &Arc<Core>, io: &Io, offset: u64, len: usize) -> Result<Pieces<Piece>> {
     let mut pieces = Pieces::new();
     for (offset, len) in cut(offset, len) {
-        let ordered = allocate(core, io, blocks_of(offset, len)).await?;
+        let blocks = blocks_of(offset, len);
+        let ordered = allocate(core, io, blocks, Room::Data(blocks)).await?;
         pieces.push(Piece { offset, len, ordered });
     }
     Ok(pieces)
@@ -188,7 +190,13 @@ async fn copy_in(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, 
 }
 
 /// Step 3: a buffer of whole blocks with `data` at byte `at` and the file's content around it.
-async fn with_edges(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, at: u64, data: &[u8]) -> Result<DmaBuf> {
+async fn with_edges(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    at: u64,
+    data: &[u8],
+) -> Result<DmaBuf> {
     let skip = (at & BLOCK_MASK) as usize;
     let blocks = (skip + data.len()).div_ceil(BLOCK_SIZE);
     let mut buf = io.buffer(blocks << BLOCK_SHIFT)?;
@@ -221,9 +229,9 @@ async fn read_edge(
 }
 
 /// Step 2.
-pub(crate) async fn allocate(core: &Arc<Core>, io: &Io, blocks: u64) -> Result<Ordered> {
+pub(crate) async fn allocate(core: &Arc<Core>, io: &Io, blocks: u64, room: Room) -> Result<Ordered> {
     let runs = transact(core, io, |t| {
-        t.check_room(Room::Data(blocks))?;
+        t.check_room(room)?;
         t.allocate(Stream::Data, blocks)
     })
     .await?;
@@ -247,7 +255,8 @@ impl Stored {
             .iter()
             .map(|run| {
                 let checksum = (run.len == 1).then(|| self.sums[done as usize]);
-                let extent = Extent { at: self.at.plus(done), len: run.len, addr: run.start, checksum, birth };
+                let extent =
+                    Extent { at: self.at.plus(done), len: run.len, addr: run.start, checksum, birth };
                 done += run.len;
                 extent
             })

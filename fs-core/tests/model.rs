@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use bdev_adapter::Device;
 use bdev_adapter::wrap::counters::CountingDevice;
-use fs_core::{Error, Filesystem, MountOptions, OpenFlags};
+use fs_core::{Error, Filesystem, MountOptions};
 use rand::Rng;
 
 use common::driver::{Driver, Form};
@@ -20,7 +20,7 @@ use common::footprint::Footprint;
 use common::generate::{Generator, Shape};
 use common::op::{Handle, Op};
 use common::reference::Reference;
-use common::{BLOCK, MIB, TestDevice, Watchdog, check_statfs, difference, fresh, quiet};
+use common::{BLOCK, MIB, TestDevice, Watchdog, check, check_statfs, fresh, quiet};
 
 /// A run of the model: a device, how it is mounted, and what is done.
 struct Scenario {
@@ -67,7 +67,7 @@ fn run(scenario: Scenario) {
     let seed = common::seed(scenario.name);
     let total = common::ops(20_000) * scenario.share / 100;
     let _watchdog = Watchdog::start(scenario.name, seed, 120 + total as u64 / 500);
-    let device = TestDevice::new(scenario.device_bytes);
+    let device = TestDevice::slow(scenario.device_bytes, seed);
     let counting = CountingDevice::wrap(Arc::clone(&device.device));
     let generator = Generator::new(seed, scenario.shape.clone());
     let reference = Reference::default();
@@ -108,6 +108,9 @@ impl Run {
                 }
             };
             self.verify_all(&driver);
+            if self.generator.one_in(3) {
+                check(&driver.fs, &driver.channel);
+            }
         }
         self.delete_everything(&mut driver);
         self.unmount(driver);
@@ -261,42 +264,7 @@ impl Run {
 
     /// Compares all names, and the files they lead to, with the reference.
     fn verify_all(&mut self, driver: &Driver) {
-        let channel = &driver.channel;
-        self.reference.check_statfs(&channel.statfs().unwrap());
-        let found: Vec<_> = channel.list("").map(|entry| entry.unwrap()).map(|e| (e.name, e.id.0)).collect();
-        let expected: Vec<_> = self.reference.names.iter().map(|(name, id)| (name.clone(), *id)).collect();
-        assert_eq!(found, expected);
-        for (name, id) in expected {
-            let op = Op::Stat { name };
-            let Op::Stat { name } = &op else { unreachable!() };
-            self.reference.check_stat(&op, id, &channel.stat(name).unwrap());
-            let file = channel.open(name, OpenFlags::READ_ONLY).unwrap();
-            self.verify_file(channel, &file, id);
-            channel.close(file).unwrap();
-        }
-    }
-
-    /// Compares the bytes of a file: what was written, with some of the holes around it.
-    fn verify_file(&mut self, channel: &fs_core::Channel, file: &fs_core::File, id: u64) {
-        let content = &self.reference.files[&id].content;
-        let mut verified = 0;
-        let mut ranges: Vec<(u64, u64)> = content
-            .runs()
-            .into_iter()
-            .map(|(first, len)| (first.saturating_sub(2) * BLOCK, (first + len + 2) * BLOCK))
-            .collect();
-        ranges.push((content.size.saturating_sub(5000), content.size + 5000));
-        let mut buf = Vec::new();
-        for (from, to) in ranges {
-            buf.resize((to - from) as usize, 0xEE);
-            let there = channel.read(file, from, &mut buf).unwrap();
-            let expected = content.read(from, buf.len());
-            if let Some(why) = difference(&buf[..there], &expected) {
-                panic!("file {id} ({} bytes), from byte {from}: {why}", content.size);
-            }
-            verified += there as u64;
-        }
-        self.tally.verified_bytes += verified;
+        self.tally.verified_bytes += self.reference.verify_all(&driver.channel, b"");
     }
 
     /// Deletes all files; what they took must come back, but for the checksums of freed blocks and the like.
@@ -317,7 +285,12 @@ impl Run {
         let used = statfs.used_bytes / BLOCK;
         // Nodes of the checksum and space trees may stay, half empty at worst.
         let band = self.baseline + 16 + statfs.total_bytes / BLOCK / 256;
-        assert!(used <= band, "{used} blocks are used after everything was deleted; at first {}", self.baseline);
+        check(&driver.fs, &driver.channel);
+        assert!(
+            used <= band,
+            "{used} blocks are used after everything was deleted; at first {}",
+            self.baseline
+        );
     }
 }
 

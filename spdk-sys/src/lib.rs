@@ -64,8 +64,8 @@ pub mod bdev {
     pub use crate::bindings::gaur_io_error_kind as io_error_kind;
     pub use crate::bindings::{
         gaur_bdev, gaur_bdev_close, gaur_bdev_desc, gaur_bdev_flush, gaur_bdev_get_info, gaur_bdev_info,
-        gaur_bdev_io_error, gaur_bdev_name, gaur_bdev_names, gaur_bdev_open, gaur_bdev_removed, gaur_bdev_room_for_thread,
-        gaur_io_error,
+        gaur_bdev_io_error, gaur_bdev_name, gaur_bdev_names, gaur_bdev_open, gaur_bdev_removed,
+        gaur_bdev_room_for_thread, gaur_io_error,
     };
     pub use crate::bindings::{
         iovec, spdk_bdev_desc, spdk_bdev_free_io, spdk_bdev_get_io_channel, spdk_bdev_io,

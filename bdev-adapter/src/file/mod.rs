@@ -1,10 +1,10 @@
 //! A regular file or a block device, driven through io_uring.
 //!
 //! - Any number of queue pairs, each with its own ring and its own open file description; a queue pair may move between
-//!   threads (see [`ring`] for what that costs).
+//!   threads (see `ring` for what that costs).
 //! - The page cache of the kernel is bypassed (`O_DIRECT`) where the file allows it.
 //! - Flush is `fdatasync`, FUA is `RWF_DSYNC`, write-zeroes and unmap are `fallocate`, with fallbacks; failed
-//!   write-back begins a new epoch (see [`queue`]).
+//!   write-back begins a new epoch (see `queue`).
 //! - Buffers of [`Device::dma`] are registered with the rings; others work too.
 //! - Without io_uring opening fails with [`Error::Unavailable`]: there is no slower way that would be taken silently.
 //!
@@ -15,7 +15,7 @@
 //! Deliberately absent: growing and shrinking, write-lifetime hints (files have them per inode only), polled
 //! completions (`IOPOLL` needs a queue of the driver that few systems have configured).
 //!
-//! Reading order: [`open`] (finding out what the file is), [`lock`], [`queue`] (the way of a request), [`ops`], [`ring`].
+//! Reading order: `open` (finding out what the file is), `lock`, `queue` (the way of a request), `ops`, `ring`.
 
 mod lock;
 mod open;
@@ -183,7 +183,7 @@ impl FileDevice {
 
 impl Drop for FileDevice {
     fn drop(&mut self) {
-        //lock::unlock(&self.file);
+        lock::unlock(&self.file);
     }
 }
 

@@ -37,7 +37,7 @@ pub(super) struct Ring {
 
 struct RegisteredBuffers {
     slots: Vec<Registered>,
-    /// No further arena is registered after the kernel refused one.
+    /// The kernel refused one: no further arena is registered until some are unregistered.
     refused: bool,
     /// [`Pool::retired`] when the slots were last cleaned.
     retired: u64,
@@ -181,6 +181,8 @@ impl Ring {
             let registered = self.buffers.slots[slot];
             if registered.end > 0 && pool.arena(ArenaToken::from_raw(registered.token)).is_none() {
                 self.buffers.slots[slot] = Registered::default();
+                // There may be room for another now.
+                self.buffers.refused = false;
                 let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
                 // SAFETY: an empty entry names no memory; requests in flight keep their own reference in the kernel.
                 let result =

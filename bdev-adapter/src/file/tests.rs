@@ -175,17 +175,17 @@ fn children_of_the_process_do_not_keep_the_lock() {
     let path = dir.path().join("disk.img");
     drop(device(&path, "?size=1MiB"));
     let stop = std::sync::atomic::AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    let refused = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 Command::new("true").status().unwrap();
             }
         });
-        for _ in 0..300 {
-            drop(device(&path, ""));
-        }
+        let refused = (0..300).find_map(|_| open(&uri(&path, ""), &OpenOptions::default()).err());
         stop.store(true, Ordering::Relaxed);
+        refused
     });
+    assert!(refused.is_none(), "{refused:?}");
 }
 
 /// Zeroes must be zeroes whatever way of writing them the filesystem has.

@@ -177,7 +177,8 @@ unsafe extern "C" fn log_line(level: c_int, file: *const c_char, line: c_int, te
     let (file, text) =
         unsafe { (CStr::from_ptr(file).to_string_lossy(), CStr::from_ptr(text).to_string_lossy()) };
     // DPDK does not say how bad it is.
-    let bad = |text: &str| ["annot", "rror", "ail", "nsufficient", "nough"].iter().any(|word| text.contains(word));
+    let bad =
+        |text: &str| ["annot", "rror", "ail", "nsufficient", "nough"].iter().any(|word| text.contains(word));
     if level == GAUR_LOG_ERROR as c_int || level == GAUR_LOG_DPDK as c_int && bad(&text) {
         *LAST_ERROR.lock() = Some(text.clone().into_owned());
     }

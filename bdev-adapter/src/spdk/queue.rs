@@ -13,7 +13,7 @@
 //! none: a flush follows), are **split**: the request stays in a table, and pieces of it take slots ([`Split`]). One
 //! split at a time hands out pieces, at the head of the queue; any number may wait for their pieces.
 //!
-//! When SPDK has no memory for an I/O, the slot goes to the front of `ready` and the next kick tries again. When
+//! When SPDK has no memory for an I/O, its slot stays `ready`, and the next kick tries again. When
 //! the bdev is removed, what did not start is answered with [`IoErrorKind::Gone`], and so is what fails from then on.
 //!
 //! Invariants:
@@ -54,7 +54,7 @@ pub(super) struct SpdkQueuePair {
     desc: NonNull<spdk_bdev_desc>,
     slots: Slots,
     /// Slots that SPDK does not know yet.
-    ready: VecDeque<u32>,
+    ready: Vec<u32>,
     /// Slots that SPDK knows.
     in_flight: usize,
     /// Requests without a slot.
@@ -116,7 +116,7 @@ impl SpdkQueuePair {
             channel,
             desc: device.opened().desc,
             slots: Slots::new(DEPTH),
-            ready: VecDeque::with_capacity(depth),
+            ready: Vec::with_capacity(depth),
             in_flight: 0,
             waiting: VecDeque::with_capacity(depth),
             splits: Splits::default(),
@@ -178,12 +178,15 @@ impl SpdkQueuePair {
     /// Starts what has a slot. False when SPDK has no memory for more.
     #[inline]
     fn start_ready(&mut self) -> bool {
-        while let Some(index) = self.ready.pop_front() {
+        let mut started = 0;
+        while let Some(&index) = self.ready.get(started) {
             if !self.start(index) {
-                self.ready.push_front(index);
+                self.ready.drain(..started);
                 return false;
             }
+            started += 1;
         }
+        self.ready.clear();
         true
     }
 
@@ -201,7 +204,8 @@ impl SpdkQueuePair {
             if let Some(index) = index
                 && !self.start(index)
             {
-                self.ready.push_front(index);
+                // Nothing else is ready: `start_ready` has started it all.
+                self.ready.push(index);
                 return;
             }
         }
@@ -326,7 +330,7 @@ impl SpdkQueuePair {
     /// Answers everything that did not start: the bdev is gone.
     #[cold]
     fn answer_gone(&mut self) {
-        while let Some(index) = self.ready.pop_front() {
+        for index in self.ready.drain(..) {
             self.slots.refuse(index, IoErrorKind::Gone);
             self.in_flight += 1;
         }
@@ -355,17 +359,19 @@ impl SpdkQueuePair {
                 self.waiting.push_back(request);
             }
         }
-        for _ in 0..self.ready.len() {
-            let Some(index) = self.ready.pop_front() else { break };
-            let deadline = self.slots.work(index).deadline;
+        let (slots, mut late) = (&mut self.slots, 0);
+        let earliest = &mut self.earliest_deadline;
+        self.ready.retain(|&index| {
+            let deadline = slots.work(index).deadline;
             if deadline.is_some_and(|deadline| deadline <= now) {
-                self.slots.refuse(index, IoErrorKind::TimedOut);
-                self.in_flight += 1;
-            } else {
-                self.earliest_deadline = [self.earliest_deadline, deadline].into_iter().flatten().min();
-                self.ready.push_back(index);
+                slots.refuse(index, IoErrorKind::TimedOut);
+                late += 1;
+                return false;
             }
-        }
+            *earliest = [*earliest, deadline].into_iter().flatten().min();
+            true
+        });
+        self.in_flight += late;
     }
 
     #[inline]
@@ -415,7 +421,7 @@ impl QueuePair for SpdkQueuePair {
         self.note_deadline(&request);
         if self.waiting.is_empty() && !self.splits.has_pieces() && self.is_simple(&request) {
             match self.slots.take_for_request(request) {
-                Ok(index) => self.ready.push_back(index),
+                Ok(index) => self.ready.push(index),
                 Err(request) => self.waiting.push_back(request),
             }
         } else {

@@ -12,6 +12,7 @@ use crate::failure::{Doing, Failure, Result};
 use crate::lane::{FileLane, Lane, RawLane};
 use crate::out::Bars;
 use crate::session::{Access, dma_buffers, format_device, open_device};
+use crate::sys::Clock;
 use crate::units::MIB;
 
 /// Bytes of one access when data is laid out.
@@ -24,6 +25,8 @@ pub(crate) struct Lab {
     pub(crate) device: Arc<dyn Device>,
     /// How long a sample takes, about.
     pub(crate) seconds: Duration,
+    /// Which time counts.
+    pub(crate) clock: Clock,
     /// Seed of everything random.
     pub(crate) seed: u64,
     /// Progress for people.
@@ -36,12 +39,19 @@ pub(crate) struct Lab {
 
 impl Lab {
     /// Opens the device at `uri`.
-    pub(crate) fn open(uri: &str, force: bool, seconds: Duration, seed: u64, bars: Bars) -> Result<Lab> {
+    pub(crate) fn open(
+        uri: &str,
+        force: bool,
+        seconds: Duration,
+        clock: Clock,
+        seed: u64,
+        bars: Bars,
+    ) -> Result<Lab> {
         if seconds.is_zero() {
             return Err(Failure::Usage("--seconds must be more than zero".to_owned()));
         }
         let device = open_device(uri, Access::Create)?;
-        Ok(Lab { device, seconds, seed, bars, force: Cell::new(force), touched: Cell::new(0) })
+        Ok(Lab { device, seconds, clock, seed, bars, force: Cell::new(force), touched: Cell::new(0) })
     }
 
     /// A fresh filesystem on the device, mounted with everything on the calling thread: rows count one core, and a helper
@@ -130,7 +140,7 @@ fn write_all(
         crate::transfer::edit::pattern(number as u64, 0, buf);
     }
     let mut at = 0;
-    pump(lane, &mut buffers, Until::Operations(bytes / piece as u64), |lane, buf| {
+    pump(Clock::Wall, lane, &mut buffers, Until::Operations(bytes / piece as u64), |lane, buf| {
         lane.write(at, buf, 0);
         at += piece as u64;
         progress(at);

@@ -20,7 +20,7 @@ use self::lab::Lab;
 use self::row::{Figure, Row, Sample};
 use crate::failure::{Failure, Result};
 use crate::out::{Bars, Out, Table, remark};
-use crate::sys::thread_cpu_ns;
+use crate::sys::{Clock, thread_cpu_ns};
 use crate::units;
 
 /// The device when none is given: SPDK's RAM disk in a build that has it, else plain memory.
@@ -59,6 +59,9 @@ pub(crate) struct CompareArgs {
     /// How long one sample takes, about
     #[arg(long, value_name = "SECONDS", default_value = "0.5", value_parser = units::parse_time)]
     seconds: Duration,
+    /// Which time counts
+    #[arg(long, value_enum, default_value = "wall")]
+    clock: Clock,
     /// Seed of everything random
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
@@ -106,8 +109,11 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
         return out.flush();
     }
     let uri = args.device.clone().unwrap_or_else(default_device);
-    let lab = Lab::open(&uri, args.force, args.seconds, args.seed, Bars::new(args.json))?;
+    let lab = Lab::open(&uri, args.force, args.seconds, args.clock, args.seed, Bars::new(args.json))?;
     out.line(format!("device {uri}, {} repeats of {} each side", args.repeats, units::time(args.seconds)))?;
+    if args.clock == Clock::Cpu {
+        remark("NOTE: the times are CPU times of the measuring thread (--clock cpu)");
+    }
     out.line_now(header())?;
     let mut outcomes = Vec::new();
     let mut failed = false;
@@ -195,9 +201,12 @@ fn measure(row: &Row, lab: &Lab, repeats: u32) -> Result<Outcome> {
         }
         let busy = (thread_cpu_ns() - cpu) as f64 / began.elapsed().as_nanos() as f64;
         let mut remarks = contest.remarks();
-        if busy < BUSY_ENOUGH {
+        if busy < BUSY_ENOUGH && lab.clock == Clock::Wall {
             let percent = busy * 100.0;
-            remarks.push(format!("NOTE: this thread ran only {percent:.0} % of the time: it waited for the device, or the machine is busy with other things and these figures mean little"));
+            remarks.push(format!(
+                "NOTE: this thread ran only {percent:.0} % of the time: it waited for the device, or the machine is busy\n\
+                 NOTE: and these figures mean little (--clock cpu leaves out the time of others)"
+            ));
         }
         contest.finish()?;
         Ok((samples, remarks))

@@ -3,14 +3,15 @@
 //! It is the same for a file and for the raw device ([`Lane`]), allocates nothing and reads the clock once in many
 //! operations.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bdev_adapter::DmaBuf;
 
 use crate::failure::{Failure, Result};
 use crate::lane::Lane;
+use crate::sys::Clock;
 
-/// Completions between two looks at the clock: it costs some 25 ns, spread over these.
+/// Completions between two looks at the clock: it costs some 25 ns (CPU clock: 200), spread over these.
 const LOOK_EVERY: u64 = 128;
 /// Fruitless polls between two looks at the clock.
 const LOOK_EVERY_SPINS: u32 = 4096;
@@ -43,6 +44,7 @@ impl Pumped {
 /// Keeps as many operations in flight as there are `buffers`; `start` submits the next one with the buffer it is given.
 /// All buffers are back at the end.
 pub(crate) fn pump<L: Lane>(
+    clock: Clock,
     lane: &mut L,
     buffers: &mut Vec<DmaBuf>,
     until: Until,
@@ -54,7 +56,7 @@ pub(crate) fn pump<L: Lane>(
     };
     let depth = buffers.len();
     let (mut asked, mut answered, mut next_look, mut spins) = (0u64, 0u64, LOOK_EVERY, 0u32);
-    let started = Instant::now();
+    let started = clock.start();
     while asked < limit
         && let Some(buf) = buffers.pop()
     {

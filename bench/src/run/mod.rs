@@ -31,7 +31,7 @@ const LAYOUT_PIECE: usize = 1 << 20;
 pub(crate) fn run(args: &RunArgs) -> Result<()> {
     args.check()?;
     let access = match args.target {
-        Target::Raw if !args.rw.writes() => Access::Read,
+        Target::Raw if !args.rw.writes() && !args.is_volatile() => Access::Read,
         _ => Access::Create,
     };
     let device = open_device(&args.device.device, access)?;

@@ -19,7 +19,7 @@ impl Channel {
     /// Runs `work`, which the calling thread waits for.
     fn blocking<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.core.check_mounted()?;
-        self.block_on(work)
+        self.block_on(work).map_err(|error| self.core.explain(error))
     }
 
     /// Creates an empty file and returns its id. Durable after the next sync.
@@ -102,7 +102,11 @@ impl Channel {
     /// Reads into `buf`, without a copy when offset and length are multiples of 4096. The buffer comes back in any case.
     pub fn read_buf(&self, file: &File, offset: u64, buf: DmaBuf) -> (Result<usize>, DmaBuf) {
         match self.core.check_mounted() {
-            Ok(()) => self.block_on(read::read_buf(&self.core, &self.shared.io, file.inner(), offset, buf)),
+            Ok(()) => {
+                let read = read::read_buf(&self.core, &self.shared.io, file.inner(), offset, buf);
+                let (result, buf) = self.block_on(read);
+                (result.map_err(|error| self.core.explain(error)), buf)
+            }
             Err(error) => (Err(error), buf),
         }
     }
@@ -124,7 +128,7 @@ impl Channel {
         }
         let at = write::At::Offset(offset);
         let (result, buf) = self.block_on(write::write_buf(&self.core, &self.shared.io, file, at, buf));
-        (result.map(|_| ()), buf)
+        (result.map(|_| ()).map_err(|error| self.core.explain(error)), buf)
     }
 
     /// Writes `data` at the end of the file; returns the byte offset that it went to.
@@ -207,7 +211,12 @@ impl Channel {
     }
 
     /// One page of [`list`](Self::list) as a future: up to `max` names greater than `after`; empty at the end.
-    pub fn list_async(&self, prefix: &[u8], after: Option<&[u8]>, max: usize) -> OpFuture<'_, Result<Vec<DirEntry>>> {
+    pub fn list_async(
+        &self,
+        prefix: &[u8],
+        after: Option<&[u8]>,
+        max: usize,
+    ) -> OpFuture<'_, Result<Vec<DirEntry>>> {
         let (prefix, after) = (prefix.to_vec(), after.map(<[u8]>::to_vec));
         self.start(Operation::List { prefix, after, max }, |(result, _)| match result? {
             Output::Entries(entries) => Ok(entries),
@@ -227,7 +236,9 @@ impl Channel {
 
     /// [`write_buf`](Self::write_buf) as a future.
     pub fn write_async(&self, file: &File, offset: u64, buf: DmaBuf) -> OpFuture<'_, (Result<()>, DmaBuf)> {
-        self.start(Operation::Write { file: file.clone(), offset, buf }, |answer| with_buffer(answer, |_| Ok(())))
+        self.start(Operation::Write { file: file.clone(), offset, buf }, |answer| {
+            with_buffer(answer, |_| Ok(()))
+        })
     }
 
     /// [`append`](Self::append) of a buffer as a future.
@@ -293,7 +304,13 @@ impl Iterator for List<'_> {
                 return None;
             }
             let channel = self.channel;
-            let page = namespace::list(&channel.core, &channel.shared.io, &self.prefix, self.after.as_deref(), LIST_PAGE);
+            let page = namespace::list(
+                &channel.core,
+                &channel.shared.io,
+                &self.prefix,
+                self.after.as_deref(),
+                LIST_PAGE,
+            );
             match channel.blocking(page) {
                 Ok(entries) => {
                     self.ended = entries.len() < LIST_PAGE;

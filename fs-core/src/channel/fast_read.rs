@@ -47,6 +47,9 @@ struct FastRead {
     sums: [u32; BLOCKS_MAX],
 }
 
+/// The byte address on the device of a fast read, and the checksums of its blocks.
+type Located = (u64, [u32; BLOCKS_MAX]);
+
 /// Where a read goes on.
 pub(super) enum Started {
     /// To the device.
@@ -102,7 +105,7 @@ impl FastReads {
         let located = self.look_up(&batch);
         for (read, located) in batch.into_iter().zip(located) {
             start(match located {
-                Some((addr, sums)) => self.to_device(read, addr, sums),
+                Some((addr, sums)) => self.send_fast(read, addr, sums),
                 None => {
                     let Queued { file, offset, buf, tag } = read;
                     Started::General(Operation::Read { file, offset, buf }, tag)
@@ -114,7 +117,7 @@ impl FastReads {
     }
 
     /// Where the reads of `batch` lie; nothing for those that must go the general way.
-    fn look_up(&self, batch: &[Queued]) -> SmallVec<[Option<(u64, [u32; BLOCKS_MAX])>; BATCH]> {
+    fn look_up(&self, batch: &[Queued]) -> SmallVec<[Option<Located>; BATCH]> {
         let guard = crate::extent_map::pin();
         let mut entries = [Entry::EMPTY; BATCH];
         let queries: SmallVec<[(View<'_>, FileBlock); BATCH]> = batch
@@ -129,10 +132,11 @@ impl FastReads {
     }
 
     /// The device address of `len` bytes at `offset` and their checksums, when the read qualifies.
-    fn locate(&self, size: u64, entry: &Entry, offset: u64, len: usize) -> Option<(u64, [u32; BLOCKS_MAX])> {
+    fn locate(&self, size: u64, entry: &Entry, offset: u64, len: usize) -> Option<Located> {
         let blocks = len >> BLOCK_SHIFT;
         let aligned = (offset | len as u64) & (BLOCK_SIZE as u64 - 1) == 0;
-        if !aligned || blocks == 0 || blocks > BLOCKS_MAX || offset + len as u64 > size {
+        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= size);
+        if !aligned || blocks == 0 || blocks > BLOCKS_MAX || !inside {
             return None;
         }
         let (addr, inline) = pieces::single(entry, FileBlock::containing(offset), blocks as u64)?;
@@ -147,7 +151,7 @@ impl FastReads {
         Some((self.core.locate(addr), sums))
     }
 
-    fn to_device(&mut self, read: Queued, addr: u64, sums: [u32; BLOCKS_MAX]) -> Started {
+    fn send_fast(&mut self, read: Queued, addr: u64, sums: [u32; BLOCKS_MAX]) -> Started {
         let Queued { file, offset, buf, tag } = read;
         // The batch holds the generation while this takes a hold of its own.
         let hold = self.holds.acquire(self.core.open_generation());
@@ -184,7 +188,11 @@ impl FastReads {
         let (core, io) = (Arc::clone(&self.core), io.clone());
         Some(async move {
             let (result, buf) = crate::read::read_buf(&core, &io, read.file.inner(), read.offset, buf).await;
-            io.results.lock().push(Completion { tag: read.tag, result: result.map(Output::Bytes), buf: Some(buf) });
+            io.results.lock().push(Completion {
+                tag: read.tag,
+                result: result.map(Output::Bytes),
+                buf: Some(buf),
+            });
         })
     }
 

@@ -212,7 +212,9 @@ impl Future for IoHandle {
         self.taken = true;
         match slot {
             Slot::Done(result, bufs) => Poll::Ready((result, bufs)),
-            Slot::Free { .. } | Slot::Waiting(_) | Slot::Orphan => unreachable!("a live handle owns its slot"),
+            Slot::Free { .. } | Slot::Waiting(_) | Slot::Orphan => {
+                unreachable!("a live handle owns its slot")
+            }
         }
     }
 }

@@ -73,7 +73,19 @@ impl ChannelCore {
         busy
     }
 
-    /// Drives the channel until it has no unfinished operation, then takes its queue pair away.
+    /// Drives the channel on the way to an unmount.
+    pub(crate) fn drive_to_end(&self) -> Driven {
+        let mut engine = self.engine.lock();
+        let advanced = engine.poll();
+        match engine.active() + engine.outstanding() {
+            0 => Driven::Idle,
+            _ if advanced => Driven::Advanced,
+            _ => Driven::Waits,
+        }
+    }
+
+    /// Drives the channel until it has no unfinished operation, then takes its queue pair away. They must not depend on other
+    /// channels.
     pub(crate) fn shut_down(&self) {
         loop {
             let mut engine = self.engine.lock();
@@ -85,6 +97,17 @@ impl ChannelCore {
             engine.wait_device(NAP);
         }
     }
+}
+
+/// How a channel is after it was driven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Driven {
+    /// Nothing is in flight.
+    Idle,
+    /// Something advanced.
+    Advanced,
+    /// Something waits for the device or for another channel.
+    Waits,
 }
 
 /// Wakes the thread of a blocking call.
@@ -154,7 +177,7 @@ impl Channel {
     pub fn submit(&self, operation: Operation, tag: u64) {
         self.in_flight.set(self.in_flight.get() + 1);
         let mut engine = self.shared.engine.lock();
-        if engine.queue_pair.is_none() {
+        if engine.queue_pair.is_none() || self.core.check_mounted().is_err() {
             drop(engine);
             let buf = crate::dispatch::into_buf(operation);
             self.shared.io.results.lock().push(Completion { tag, result: Err(Error::Unmounted), buf });
@@ -248,7 +271,7 @@ impl Channel {
     pub(crate) fn start<T>(&self, operation: Operation, convert: fn(future::Answer) -> T) -> OpFuture<'_, T> {
         let answer = Arc::new(Mutex::new(None));
         let mut engine = self.shared.engine.lock();
-        if engine.queue_pair.is_some() {
+        if engine.queue_pair.is_some() && self.core.check_mounted().is_ok() {
             let (core, io) = (Arc::clone(&self.core), self.shared.io.clone());
             let cell = Arc::clone(&answer);
             engine.spawn(async move {

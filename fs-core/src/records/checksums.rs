@@ -105,7 +105,9 @@ pub(crate) fn find(t: &mut Txn<'_>, run: Run) -> Result<Vec<Option<u32>>, Stop> 
             Some(value) => {
                 let disk: OnDisk = value_of(TreeKind::Checksums, &value)?;
                 let present = disk.present.get();
-                found.extend((first..first + len).map(|i| (present >> i & 1 == 1).then(|| disk.sums[i].get())));
+                found.extend(
+                    (first..first + len).map(|i| (present >> i & 1 == 1).then(|| disk.sums[i].get())),
+                );
             }
             None => found.extend(std::iter::repeat_n(None, len)),
         }

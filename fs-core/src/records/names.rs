@@ -50,7 +50,12 @@ pub(crate) fn remove(t: &mut Txn<'_>, name: &[u8]) -> Result<(), Stop> {
 }
 
 /// Up to `max` names that start with `prefix` and are greater than `after`, in order.
-pub(crate) fn list(t: &mut Txn<'_>, prefix: &[u8], after: Option<&[u8]>, max: usize) -> Result<Vec<DirEntry>, Stop> {
+pub(crate) fn list(
+    t: &mut Txn<'_>,
+    prefix: &[u8],
+    after: Option<&[u8]>,
+    max: usize,
+) -> Result<Vec<DirEntry>, Stop> {
     let mut entries = Vec::new();
     // The smallest name greater than `after` is `after` with a zero byte behind it; names have none, so `>=` is right.
     let mut from = match after {

@@ -33,8 +33,6 @@
 //! blocks are used again (the allocator has it), shared nodes with reference counts (a later issue; [`NodeAlloc::free_node`] is
 //! the place), and neighbours linked to each other, which copy-on-write forbids: iteration goes by key ([`Tree::leaf_from`]).
 
-#![cfg_attr(not(feature = "internals"), allow(unreachable_pub))]
-
 pub mod cache;
 mod edit;
 mod insert;
@@ -50,7 +48,6 @@ mod walk;
 mod tests;
 
 // The surface of the module; not all of it is used by the crate itself.
-#[cfg_attr(not(feature = "internals"), allow(unused_imports))]
 pub use self::{
     cache::{CacheStats, NodeCache},
     lookup::{ItemRef, Leaf},

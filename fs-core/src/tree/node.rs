@@ -258,7 +258,7 @@ impl<'a> KeyRef<'a> {
     }
 
     /// The key, joined.
-    pub fn to_buf(&self) -> KeyBuf {
+    pub fn to_buf(self) -> KeyBuf {
         let mut buf = KeyBuf::from_slice(self.prefix);
         buf.extend_from_slice(self.suffix);
         buf

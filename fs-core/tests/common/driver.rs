@@ -102,7 +102,10 @@ impl Driver {
             Op::Read { handle, offset, len, slice: true } => {
                 let mut bytes = vec![0xEE; *len];
                 let there = channel.read(file(handle), *offset, &mut bytes)?;
-                assert!(bytes[there..].iter().all(|byte| *byte == 0xEE), "{op:?}: wrote behind its {there} bytes");
+                assert!(
+                    bytes[there..].iter().all(|byte| *byte == 0xEE),
+                    "{op:?}: wrote behind its {there} bytes"
+                );
                 bytes.truncate(there);
                 Ok(Answer::Bytes(bytes))
             }
@@ -228,7 +231,11 @@ impl Driver {
             }
             for answer in answers.drain(..) {
                 let index = answer.tag as usize;
-                assert!(!std::mem::replace(&mut answered[index], true), "{:?} was answered twice", ops[index]);
+                assert!(
+                    !std::mem::replace(&mut answered[index], true),
+                    "{:?} was answered twice",
+                    ops[index]
+                );
                 left -= 1;
                 note(index, convert(&ops[index], answer));
             }

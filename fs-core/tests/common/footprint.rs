@@ -54,7 +54,11 @@ impl Use {
         self.any = true;
         self.grows |= write && beyond;
         self.sees_size |= !write && beyond;
-        if write { self.writes.push(range) } else { self.reads.push(range) }
+        if write {
+            self.writes.push(range)
+        } else {
+            self.reads.push(range)
+        }
         true
     }
 }
@@ -63,7 +67,9 @@ impl Footprint {
     /// Adds `op`, unless its outcome could depend on the operations that were added before, or theirs on it.
     pub(crate) fn admit(&mut self, reference: &Reference, op: &Op) -> bool {
         let names: Vec<&Vec<u8>> = match op {
-            Op::Create { name } | Op::Open { name, .. } | Op::Delete { name } | Op::Stat { name } => vec![name],
+            Op::Create { name } | Op::Open { name, .. } | Op::Delete { name } | Op::Stat { name } => {
+                vec![name]
+            }
             Op::Rename { from, to } => vec![from, to],
             Op::List { .. } | Op::ListAll { .. } | Op::StatFs => {
                 self.names_listed = true;

@@ -16,6 +16,8 @@ use super::reference::Reference;
 pub(crate) struct Shape {
     /// Names that are used.
     pub(crate) names: Vec<Vec<u8>>,
+    /// All names begin with so many bytes, and nothing is listed under a shorter prefix.
+    pub(crate) prefix_len: usize,
     /// Files stay below about this size, but for a few sparse ones.
     pub(crate) file_bytes: u64,
     /// Longest read or write.
@@ -48,6 +50,7 @@ impl Shape {
         names.push([vec![b'a'; 254], vec![b'b']].concat());
         Shape {
             names,
+            prefix_len: 0,
             file_bytes: 1 << 20,
             io_bytes: 256 << 10,
             long_percent: 4,
@@ -59,6 +62,16 @@ impl Shape {
             sparse_one_in: 300,
             bad_one_in: 100,
         }
+    }
+
+    /// The same with names that all begin with `prefix`.
+    pub(crate) fn under(self, prefix: &[u8]) -> Shape {
+        let room = 255 - prefix.len();
+        let names = self.names.iter().map(|name| [prefix, &name[..name.len().min(room)]].concat());
+        let mut names: Vec<Vec<u8>> = names.collect();
+        names.sort_unstable();
+        names.dedup();
+        Shape { names, prefix_len: self.prefix_len + prefix.len(), ..self }
     }
 
     /// So many names of some length, under a few prefixes.
@@ -196,7 +209,8 @@ impl Generator {
 
     fn prefix(&mut self) -> Vec<u8> {
         let index = self.rng.random_range(0..self.shape.names.len());
-        let len = self.rng.random_range(0..=self.shape.names[index].len().min(4));
+        let least = self.shape.prefix_len;
+        let len = self.rng.random_range(least..=self.shape.names[index].len().min(least + 4));
         self.shape.names[index][..len].to_vec()
     }
 
@@ -303,7 +317,8 @@ impl Generator {
             (3, _) => Op::Stat { name },
             (4, _) => Op::Open { name, flags: OpenFlags::READ_WRITE, handle: Handle(self.fresh()) },
             (5, Some(handle)) => {
-                let offset = [FILE_SIZE_MAX, FILE_SIZE_MAX - 100, u64::MAX - 4095, u64::MAX][self.rng.random_range(0..4)];
+                let offset = [FILE_SIZE_MAX, FILE_SIZE_MAX - 100, u64::MAX - 4095, u64::MAX]
+                    [self.rng.random_range(0..4)];
                 Op::Write { handle, offset, len: 4096, tag: self.fresh(), slice: self.rng.random() }
             }
             (6, Some(handle)) => {

@@ -18,6 +18,7 @@ pub(crate) mod footprint;
 pub(crate) mod generate;
 pub(crate) mod op;
 pub(crate) mod reference;
+pub(crate) mod slow;
 
 use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
@@ -120,6 +121,13 @@ impl TestDevice {
         let device = bdev_adapter::open(&uri, &options).unwrap_or_else(|error| panic!("{error}"));
         TestDevice { device, file }
     }
+
+    /// The same, answering late and out of order.
+    pub(crate) fn slow(bytes: u64, seed: u64) -> TestDevice {
+        let mut this = TestDevice::new(bytes);
+        this.device = slow::SlowDevice::wrap(Arc::clone(&this.device), seed, 6);
+        this
+    }
 }
 
 impl Drop for TestDevice {
@@ -144,6 +152,13 @@ pub(crate) fn fresh(device: &Arc<dyn Device>, options: &MountOptions) -> Filesys
 /// Mounts `device`.
 pub(crate) fn mount(device: &Arc<dyn Device>, options: &MountOptions) -> Filesystem {
     Filesystem::mount(Arc::clone(device), options).expect("mount")
+}
+
+/// Walks the whole filesystem, and panics when something is wrong with it or lost.
+pub(crate) fn check(fs: &Filesystem, channel: &fs_core::Channel) {
+    let report = fs.check(channel, &mut |_| {}).expect("a check");
+    assert!(report.is_clean(), "{} problems: {:#?}", report.problem_count, report.problems);
+    assert_eq!(report.leaked_blocks, 0, "blocks that nothing refers to: {report:?}");
 }
 
 /// Fills `bytes` with a pattern that no other `tag` has.

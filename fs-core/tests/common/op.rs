@@ -11,24 +11,67 @@ pub(crate) struct Handle(pub(crate) u64);
 /// What is done.
 #[derive(Clone, PartialEq, Eq)]
 pub(crate) enum Op {
-    Create { name: Vec<u8> },
+    Create {
+        name: Vec<u8>,
+    },
     /// The handle is what the model calls the file that is opened.
-    Open { name: Vec<u8>, flags: OpenFlags, handle: Handle },
-    Close { handle: Handle },
-    Delete { name: Vec<u8> },
-    Rename { from: Vec<u8>, to: Vec<u8> },
+    Open {
+        name: Vec<u8>,
+        flags: OpenFlags,
+        handle: Handle,
+    },
+    Close {
+        handle: Handle,
+    },
+    Delete {
+        name: Vec<u8>,
+    },
+    Rename {
+        from: Vec<u8>,
+        to: Vec<u8>,
+    },
     /// One page.
-    List { prefix: Vec<u8>, after: Option<Vec<u8>>, max: usize },
+    List {
+        prefix: Vec<u8>,
+        after: Option<Vec<u8>>,
+        max: usize,
+    },
     /// All pages, by the iterator.
-    ListAll { prefix: Vec<u8> },
-    Stat { name: Vec<u8> },
-    StatFile { handle: Handle },
+    ListAll {
+        prefix: Vec<u8>,
+    },
+    Stat {
+        name: Vec<u8>,
+    },
+    StatFile {
+        handle: Handle,
+    },
     /// `slice`: into a slice where the form of the call has that, else into a buffer.
-    Read { handle: Handle, offset: u64, len: usize, slice: bool },
-    Write { handle: Handle, offset: u64, len: usize, tag: u64, slice: bool },
-    Append { handle: Handle, len: usize, tag: u64 },
-    Truncate { handle: Handle, size: u64 },
-    SyncFile { handle: Handle },
+    Read {
+        handle: Handle,
+        offset: u64,
+        len: usize,
+        slice: bool,
+    },
+    Write {
+        handle: Handle,
+        offset: u64,
+        len: usize,
+        tag: u64,
+        slice: bool,
+    },
+    Append {
+        handle: Handle,
+        len: usize,
+        tag: u64,
+    },
+    Truncate {
+        handle: Handle,
+        size: u64,
+    },
+    SyncFile {
+        handle: Handle,
+    },
     Sync,
     StatFs,
 }

@@ -4,7 +4,7 @@
 //! nothing shows the filesystem's own cost. A sample is the mean of a few mounts, each up to the first answer to a stat.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bdev_adapter::Device;
 use fs_core::{OpenFlags, Operation, Output};
@@ -14,6 +14,7 @@ use crate::compare::row::{Contest, Figure, Goal, Row};
 use crate::failure::{Doing, Failure, Result};
 use crate::flight::Flight;
 use crate::session::{Access, format_device, mount_device, open_device};
+use crate::sys::Clock;
 
 /// The rows of this family.
 pub(crate) const ROWS: &[Row] = &[
@@ -58,12 +59,12 @@ impl Mounts {
 }
 
 impl Contest for Mounts {
-    fn ours(&mut self, _: &Lab) -> Result<f64> {
-        self.ours.mount_ms()
+    fn ours(&mut self, lab: &Lab) -> Result<f64> {
+        self.ours.mount_ms(lab.clock)
     }
 
-    fn peer(&mut self, _: &Lab) -> Result<Option<f64>> {
-        self.peer.mount_ms().map(Some)
+    fn peer(&mut self, lab: &Lab) -> Result<Option<f64>> {
+        self.peer.mount_ms(lab.clock).map(Some)
     }
 }
 
@@ -107,10 +108,10 @@ impl Populated {
     }
 
     /// The mean time of a mount up to the first answer.
-    fn mount_ms(&self) -> Result<f64> {
+    fn mount_ms(&self, clock: Clock) -> Result<f64> {
         let mut total = Duration::ZERO;
         for _ in 0..MOUNTS {
-            let started = Instant::now();
+            let started = clock.start();
             let fs = mount_device(&self.device, false)?;
             let channel = fs.channel().doing("open a channel")?;
             let stat = channel.stat(name(self.files / 2)).doing("look at a file")?;

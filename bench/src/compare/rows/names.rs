@@ -4,7 +4,7 @@
 //! Ours is the base interface: submit and poll with many operations in flight on one channel, on one core. The peer is the
 //! same work in blocking calls, one after the other, which is what a caller without batches gets.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use fs_core::Operation;
 use rand::rngs::SmallRng;
@@ -92,7 +92,7 @@ impl Contest for Names {
     fn ours(&mut self, lab: &Lab) -> Result<f64> {
         let (create, delete) = self.orders(lab.seconds);
         let _pinned = Pinned::to_last_core();
-        let started = Instant::now();
+        let started = lab.clock.start();
         in_flight(&self.mounted, &create, |name| Operation::Create { name })?;
         in_flight(&self.mounted, &delete, |name| Operation::Delete { name })?;
         self.mounted.channel.sync().doing("sync the filesystem")?;
@@ -103,7 +103,7 @@ impl Contest for Names {
         let (create, delete) = self.orders(lab.seconds);
         let _pinned = Pinned::to_last_core();
         let channel = &self.mounted.channel;
-        let started = Instant::now();
+        let started = lab.clock.start();
         for &number in &create {
             channel.create(name(number)).doing("create a file")?;
         }

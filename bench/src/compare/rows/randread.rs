@@ -16,7 +16,7 @@ use crate::compare::row::{Contest, Figure, Goal, Row};
 use crate::failure::{Doing, Failure, Result};
 use crate::lane::{FileLane, Lane, RawLane};
 use crate::session::dma_buffers;
-use crate::sys::Pinned;
+use crate::sys::{Clock, Pinned};
 use crate::units;
 
 /// The rows of this family.
@@ -89,7 +89,9 @@ fn scatter(lab: &Lab, mounted: &Mounted, file: &File, buffers: &mut Vec<DmaBuf>)
                 "the file has only {extents} extents after {written} random overwrites"
             )));
         }
-        pump(&mut lane, buffers, Until::Operations(ROUND), |lane, buf| lane.write(next(), buf, 0))?;
+        pump(Clock::Wall, &mut lane, buffers, Until::Operations(ROUND), |lane, buf| {
+            lane.write(next(), buf, 0)
+        })?;
         written += ROUND;
         mounted.channel.sync().doing("sync the filesystem")?;
     }
@@ -105,7 +107,8 @@ impl Contest for RandomReads {
         let mut next = RandomReads::offsets(self.seed.get());
         let mut lane = FileLane::new(&self.mounted.channel, self.file.clone());
         let until = Until::Time(lab.seconds);
-        let pumped = pump(&mut lane, &mut self.buffers, until, |lane, buf| lane.read(next(), buf, 0))?;
+        let pumped =
+            pump(lab.clock, &mut lane, &mut self.buffers, until, |lane, buf| lane.read(next(), buf, 0))?;
         Ok(pumped.per_second())
     }
 
@@ -113,7 +116,8 @@ impl Contest for RandomReads {
         let _pinned = Pinned::to_last_core();
         let mut next = RandomReads::offsets(self.seed.replace(self.seed.get() + 1));
         let until = Until::Time(lab.seconds);
-        let pumped = pump(&mut self.raw, &mut self.buffers, until, |lane, buf| lane.read(next(), buf, 0))?;
+        let pumped =
+            pump(lab.clock, &mut self.raw, &mut self.buffers, until, |lane, buf| lane.read(next(), buf, 0))?;
         Ok(Some(pumped.per_second()))
     }
 

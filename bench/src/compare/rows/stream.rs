@@ -4,7 +4,7 @@
 //! the same device after that was unmounted, then flushes. Both syncs are inside the time. Reads: the raw side reads live
 //! beside the mounted filesystem.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bdev_adapter::DmaBuf;
 use fs_core::File;
@@ -15,7 +15,7 @@ use crate::compare::row::{Contest, Figure, Goal, Row};
 use crate::failure::{Doing, Result};
 use crate::lane::{FileLane, Lane, RawLane};
 use crate::session::dma_buffers;
-use crate::sys::Pinned;
+use crate::sys::{Clock, Pinned};
 
 /// The rows of this family.
 pub(crate) const ROWS: &[Row] = &[
@@ -59,11 +59,11 @@ impl Writes {
     }
 
     /// Writes the span once and makes it durable.
-    fn pass(&mut self, lane: &mut impl Lane) -> Result<Duration> {
+    fn pass(&mut self, clock: Clock, lane: &mut impl Lane) -> Result<Duration> {
         let _pinned = Pinned::to_last_core();
-        let started = Instant::now();
+        let started = clock.start();
         let mut at = 0;
-        pump(lane, &mut self.buffers, Until::Operations(self.span / PIECE as u64), |lane, buf| {
+        pump(clock, lane, &mut self.buffers, Until::Operations(self.span / PIECE as u64), |lane, buf| {
             lane.write(at, buf, 0);
             at += PIECE as u64;
         })?;
@@ -78,7 +78,7 @@ impl Contest for Writes {
         while time < lab.seconds {
             let mounted = lab.fresh()?;
             let file = mounted.create("stream")?;
-            time += self.pass(&mut FileLane::new(&mounted.channel, file))?;
+            time += self.pass(lab.clock, &mut FileLane::new(&mounted.channel, file))?;
             bytes += self.span;
             mounted.unmount()?;
         }
@@ -89,7 +89,7 @@ impl Contest for Writes {
         let (mut bytes, mut time) = (0, Duration::ZERO);
         let mut lane = RawLane::new(&lab.device, 0)?;
         while time < lab.seconds {
-            time += self.pass(&mut lane)?;
+            time += self.pass(lab.clock, &mut lane)?;
             bytes += self.span;
         }
         Ok(Some(mib_per_s(bytes, time)))
@@ -131,7 +131,8 @@ impl Contest for Reads {
         let mut next = around(self.span);
         let mut lane = FileLane::new(&self.mounted.channel, self.file.clone());
         let until = Until::Time(lab.seconds);
-        let pumped = pump(&mut lane, &mut self.buffers, until, |lane, buf| lane.read(next(), buf, 0))?;
+        let pumped =
+            pump(lab.clock, &mut lane, &mut self.buffers, until, |lane, buf| lane.read(next(), buf, 0))?;
         Ok(mib_per_s(pumped.operations * PIECE as u64, pumped.time))
     }
 
@@ -139,7 +140,8 @@ impl Contest for Reads {
         let _pinned = Pinned::to_last_core();
         let mut next = around(self.span);
         let until = Until::Time(lab.seconds);
-        let pumped = pump(&mut self.raw, &mut self.buffers, until, |lane, buf| lane.read(next(), buf, 0))?;
+        let pumped =
+            pump(lab.clock, &mut self.raw, &mut self.buffers, until, |lane, buf| lane.read(next(), buf, 0))?;
         Ok(Some(mib_per_s(pumped.operations * PIECE as u64, pumped.time)))
     }
 
