@@ -17,8 +17,7 @@ case "$kind" in
   file)
     cargo build --locked --release -p bench
     # The build directory is on a disk; /tmp may be memory, and small.
-    TMPDIR="${TMPDIR:-$(cd "$(target_dir)" && pwd)}"
-    export TMPDIR
+    export TMPDIR="${TMPDIR:-$(target_dir)}"
     exec "$(target_dir)/release/bench" demo "$@"
     ;;
   spdk)

@@ -102,7 +102,7 @@ default_tests() {
   step "example: quickstart" "$(target_dir)/debug/examples/quickstart"
   step "example: futures" "$(target_dir)/debug/examples/futures"
   # The device is a file in the build directory (or TMPDIR), removed at the end: /tmp may be memory, and small.
-  step "demo on a file" env TMPDIR="${TMPDIR:-$(cd "$(target_dir)" && pwd)}" "$(target_dir)/debug/bench" "${DEMO[@]}"
+  step "demo on a file" env TMPDIR="${TMPDIR:-$(target_dir)}" "$(target_dir)/debug/bench" "${DEMO[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
 
 use bdev_adapter::{Hints, Request};
 use parking_lot::Mutex;
@@ -37,6 +38,8 @@ use crate::types::{BLOCK_SIZE, BlockAddr, Generation};
 
 /// Largest write of adjacent nodes, in blocks.
 const NODES_PER_WRITE: usize = 64;
+/// Longest wait in a transaction that lacks space for reads that hold what was freed.
+const READERS_WAIT: Duration = Duration::from_secs(1);
 /// Node writes in flight.
 const WRITES_IN_FLIGHT: usize = 32;
 
@@ -102,7 +105,32 @@ pub(crate) fn make_room<'a>(
     io: &'a Io,
 ) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
     let target = core.meta.lock().generation;
-    Box::pin(reach(core, io, target, Core::check_not_sealed))
+    Box::pin(async move {
+        reach(core, io, target, Core::check_not_sealed).await?;
+        wait_for_readers(core, io, target).await
+    })
+}
+
+/// Waits, if space is scarce, until the reads have ended that keep the blocks from reuse which `generation` and earlier ones
+/// freed: a reader that is slow for a moment must not turn into want of space for writers.
+///
+/// It waits by round trips to the device, so that readers need not look whether anybody waits for them.
+async fn wait_for_readers(core: &Arc<Core>, io: &Io, generation: Generation) -> Result<()> {
+    let began = Instant::now();
+    let mut driven = began;
+    loop {
+        core.release_freed()?;
+        let counts = core.meta.lock().alloc.counts();
+        let held = core.holds.oldest().is_some_and(|oldest| oldest <= generation);
+        if !held || counts.available_now >= counts.pending || began.elapsed() > READERS_WAIT {
+            return Ok(());
+        }
+        if driven.elapsed() > Duration::from_millis(1) {
+            driven = Instant::now();
+            core.drive_abandoned();
+        }
+        io.read(slot_byte(0, core.total_blocks), BLOCK_SIZE, "a superblock").await?;
+    }
 }
 
 /// Returns when `target` is durable, by waiting for the commit that runs or by running one while `check` allows it.

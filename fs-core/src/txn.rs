@@ -208,7 +208,6 @@ async fn transact_after<T>(
         let stop = {
             let mut meta = core.meta.lock();
             check(core)?;
-            core.check_failed()?;
             let mut txn = Txn { core, meta: &mut meta, changed: false, ready: false, commits };
             match body(&mut txn) {
                 Ok(value) => return Ok(value),
@@ -392,6 +391,12 @@ impl Txn<'_> {
 
     // ---- changing
 
+    /// A mount that has failed is still read; nothing more is changed on it.
+    fn check_changeable(&self) -> Result<(), Stop> {
+        // What has begun is finished: this transaction holds the lock.
+        if self.changed { Ok(()) } else { self.core.check_failed().map_err(Stop::Fail) }
+    }
+
     /// Sets the value of `key`.
     pub(crate) fn put(&mut self, kind: TreeKind, key: &[u8], value: &[u8]) -> Result<(), Stop> {
         self.change(kind, |tree, ctx| tree.insert(ctx, key, value).map(|_| ()))
@@ -407,6 +412,7 @@ impl Txn<'_> {
         kind: TreeKind,
         change: impl FnOnce(&mut Tree, &mut tree::Ctx<'_>) -> Result<T, tree::Stop>,
     ) -> Result<T, Stop> {
+        self.check_changeable()?;
         let meta = &mut *self.meta;
         let mut nodes = Nodes {
             alloc: &mut meta.alloc,
@@ -439,6 +445,7 @@ impl Txn<'_> {
 
     /// Stops referring to blocks of data. They are reused when this generation is durable and nobody reads them.
     pub(crate) fn free(&mut self, run: Run) -> Result<(), Stop> {
+        self.check_changeable()?;
         self.changed = true;
         self.meta.changed = true;
         self.meta.freed_in.insert(region_of(run.start));
@@ -447,6 +454,7 @@ impl Txn<'_> {
 
     /// Allocates `blocks` blocks, as few runs as may be. They count as unpublished until [`published`](Self::published) or given back.
     pub(crate) fn allocate(&mut self, stream: Stream, blocks: u64) -> Result<Runs, Stop> {
+        self.check_changeable()?;
         let mut runs = Runs::new();
         let mut left = blocks;
         while left > 0 {

@@ -174,8 +174,9 @@ fn readers_of_a_shared_file_see_whole_writes_and_never_go_back() {
                 scope.spawn(move || write_slots(&fs, &shared, i, seed ^ i << 50, count))
             })
             .collect();
-        writers.into_iter().for_each(|thread| thread.join().unwrap());
+        let ends: Vec<_> = writers.into_iter().map(|thread| thread.join()).collect();
         shared.stop.store(true, Ordering::Relaxed);
+        ends.into_iter().for_each(|end| end.unwrap());
         let reads: usize = readers.into_iter().map(|thread| thread.join().unwrap()).sum();
         println!("shared_file: {reads} reads beside {} writes", count * THREADS as usize);
     });

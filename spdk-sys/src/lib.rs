@@ -1,7 +1,7 @@
 //! Bindings and a small C shim over the SPDK that is installed.
 //!
-//! Two things are here, and nothing else: SPDK functions that have been the same since 20.07 ([`thread`], [`bdev`],
-//! [`memory`]), bound directly by bindgen; and the shim (`shim/gaur_spdk.h`: [`env`], [`config`], part of the others),
+//! Two things are here, and nothing else: SPDK functions that have been the same since 20.07 ([`mod@thread`], [`mod@bdev`],
+//! [`mod@memory`]), bound directly by bindgen; and the shim (`shim/gaur_spdk.h`: [`mod@env`], [`mod@config`], part of the others),
 //! which hides what differs between versions. Everything is raw: who may call what, and when, is said in the shim's
 //! header and in SPDK's own documentation; the safe side is `bdev-adapter`.
 //!
@@ -9,7 +9,7 @@
 //! list of `build.rs` exist.
 //!
 //! SPDK is found, compiled against and linked as `build.rs` says. There is one SPDK in a process, with one environment
-//! ([`env::gaur_env_init`]).
+//! ([`gaur_env_init`](env::gaur_env_init)).
 
 mod bindings {
     #![allow(

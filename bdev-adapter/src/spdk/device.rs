@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::env::{self, Env, Opened};
+use super::env::{self, Env};
+use super::helper::Opened;
 use super::queue::SpdkQueuePair;
 use super::rpc;
 use crate::{ClaimFlag, Device, DmaSource, Error, Geometry, QueuePair};

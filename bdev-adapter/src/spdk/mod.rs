@@ -3,16 +3,16 @@
 //! `spdk-bdev:NAME?config=PATH` reads the configuration, lets SPDK carry it out, and opens the bdev NAME. SPDK's
 //! application framework is not used: there are no reactors, and nobody takes `main`. Instead:
 //!
-//! 1. **Environment** ([`env`]), one in a process, made by the first open: DPDK and SPDK are initialised on a helper
+//! 1. **Environment** (`env`, `helper`), one in a process, made by the first open: DPDK and SPDK are initialised on a helper
 //!    thread, `gaur-spdk`, which keeps its CPU affinity and stays for good. It owns SPDK's first ("app") thread and on it
-//!    loads configurations ([`rpc`](mod@rpc)), opens and closes bdevs, and every 10 ms polls whatever SPDK has to do
+//!    loads configurations (`rpc`), opens and closes bdevs, and every 10 ms polls whatever SPDK has to do
 //!    there (keep-alives, hot-plug). It does no I/O.
-//! 2. **Device** ([`device`]): an open descriptor, claimed for this process alone.
-//! 3. **Queue pair** ([`queue`]): an SPDK thread and an I/O channel of its own. Requests are submitted and polled by
+//! 2. **Device** (`device`): an open descriptor, claimed for this process alone.
+//! 3. **Queue pair** (`queue`, `slots`, `split`): an SPDK thread and an I/O channel of its own. Requests are submitted and polled by
 //!    whoever calls, on the caller's OS thread; an SPDK thread is a context that any OS thread may enter, one at a
 //!    time, and `&mut` sees to that.
 //!
-//! Memory for I/O comes from SPDK's huge pages through the crate's [`Pool`](crate::pool::Pool) ([`memory`]).
+//! Memory for I/O comes from SPDK's huge pages through the crate's [`Pool`](crate::pool::Pool) (`memory`).
 //!
 //! What it does not do:
 //! - There is no way back: the environment lives until the process ends, also after the last device closed (DPDK cannot
@@ -20,15 +20,21 @@
 //! - No FUA and no atomicity beyond a block: the bdev interface has neither. FUA is a write and a flush.
 //! - The epoch of a bdev never changes: the bdev layer does not say when a controller was reset underneath it.
 //! - A queue pair that nobody polls holds up a reset or removal of its bdev, as any SPDK thread would.
+//! - The uring bdev of SPDK 20.07 has no flush (so flush and FUA fail on it, as they should) and polls the disk, which
+//!   reads need poll queues for. Use the aio bdev above files.
 //! - Virtual bdevs are taken at their word. Above an NVMe bdev, in SPDK versions whose NVMe bdev module answers flushes
 //!   by itself (20.07), their flush reaches no drive; open the NVMe bdev itself where that matters.
 
 mod device;
 mod env;
+mod helper;
 mod memory;
 mod queue;
 mod rpc;
 mod slots;
+#[cfg(test)]
+mod speed;
+mod split;
 #[cfg(test)]
 mod tests;
 

@@ -7,14 +7,14 @@
 //!    ([`start_ready`](SpdkQueuePair::start_ready)), then gives slots to what waits
 //!    ([`start_waiting`](SpdkQueuePair::start_waiting)).
 //! 3. [`poll`](QueuePair::poll) kicks, polls the SPDK thread, whose completions put slots on the ring
-//!    ([`on_done`](super::slots::on_done)), and answers them ([`answer_done`](SpdkQueuePair::answer_done)).
+//!    ([`on_done`]), and answers them ([`answer_done`](SpdkQueuePair::answer_done)).
 //!
 //! Requests of more than [`MAX_PIECE`] bytes or [`MAX_SEGMENTS`] segments, and writes with FUA (the bdev interface has
-//! none: a flush follows), are **split**: the request stays in a table, and pieces of it take slots ([`Split`]). One
-//! split at a time hands out pieces, at the head of the queue; any number may wait for their pieces.
+//! none: a flush follows), are **split**: the request stays in a table, and pieces of it take slots
+//! ([`split`](super::split)).
 //!
-//! When SPDK has no memory for an I/O, its slot stays `ready`, and the next kick tries again. When
-//! the bdev is removed, what did not start is answered with [`IoErrorKind::Gone`], and so is what fails from then on.
+//! When SPDK has no memory for an I/O, its slot stays `ready`, and the next kick tries again. When the bdev is removed,
+//! what did not start is answered with [`IoErrorKind::Gone`], and so is what fails from then on.
 //!
 //! Invariants:
 //! - Only this queue pair enters its SPDK thread, on the OS thread that holds `&mut self`, and leaves it before
@@ -29,7 +29,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use spdk_sys::bdev::{
-    gaur_bdev_flush, gaur_bdev_room_for_thread, iovec, spdk_bdev_desc, spdk_bdev_get_io_channel,
+    gaur_bdev_flush, gaur_bdev_room_for_thread, spdk_bdev_desc, spdk_bdev_get_io_channel,
     spdk_bdev_read_blocks, spdk_bdev_readv_blocks, spdk_bdev_unmap_blocks, spdk_bdev_write_blocks,
     spdk_bdev_write_zeroes_blocks, spdk_bdev_writev_blocks,
 };
@@ -41,7 +41,8 @@ use spdk_sys::thread::{
 use super::device::{DEPTH, EPOCH, MAX_PIECE, SpdkBdev};
 use super::memory;
 use super::slots::{MAX_SEGMENTS, Op, Owner, Slots, on_done};
-use crate::{Completion, Device, Error, IoErrorKind, Kind, QueuePair, Request, Segments};
+use super::split::{Data, Splits};
+use crate::{Completion, Device, Error, IoErrorKind, Kind, QueuePair, Request};
 
 /// SPDK handles so many messages (completions among them) in one poll.
 const MESSAGE_BATCH: usize = 8;
@@ -233,6 +234,8 @@ impl SpdkQueuePair {
         let work = self.slots.work(index);
         let (op, offset, len) = (work.op, work.offset, work.len);
         let data = match work.owner {
+            // Buffers of other kinds of requests only come back with the answer.
+            _ if !matches!(op, Op::Read | Op::Write) => Data::One(ptr::null_mut()),
             // SAFETY: the slot has room for `MAX_SEGMENTS` (`is_simple` has checked), and SPDK does not know it.
             Owner::Request => unsafe { Data::of_bufs(&work.bufs, segments) },
             // SAFETY: as above; a piece has at most `MAX_SEGMENTS` segments.
@@ -526,219 +529,4 @@ impl Drop for Inside {
         // SAFETY: restores what this OS thread had before.
         unsafe { spdk_set_thread(self.before) };
     }
-}
-
-/// Where the data of an I/O is.
-#[derive(Clone, Copy)]
-enum Data {
-    /// One buffer, or none (null).
-    One(*mut std::ffi::c_void),
-    Many(*mut iovec, i32),
-}
-
-impl Data {
-    /// The buffers of a whole request.
-    ///
-    /// # Safety
-    /// `segments` has room for as many as there are buffers (one needs none), and SPDK does not use it.
-    #[inline]
-    unsafe fn of_bufs(bufs: &Segments, segments: *mut iovec) -> Data {
-        match bufs {
-            Segments::None => Data::One(ptr::null_mut()),
-            Segments::One(buf) => Data::One(buf.as_ptr().cast()),
-            Segments::Many(bufs) => {
-                for (i, buf) in bufs.iter().enumerate() {
-                    // SAFETY: `i` is below the number of buffers, for which there is room.
-                    unsafe {
-                        segments.add(i).write(iovec { iov_base: buf.as_ptr().cast(), iov_len: buf.len() })
-                    };
-                }
-                Data::Many(segments, bufs.len() as i32)
-            }
-        }
-    }
-}
-
-/// A request that is carried out in pieces, and maybe a flush at the end.
-struct Split {
-    /// None once it was answered (its number is free then).
-    request: Option<Request>,
-    /// Bytes of it that were handed out.
-    handed_out: u64,
-    pieces_out: u32,
-    error: Option<IoErrorKind>,
-    flush: bool,
-}
-
-/// A part of a split request that one I/O of SPDK's carries out.
-struct Piece {
-    split: u32,
-    op: Op,
-    /// Byte address and length at the device.
-    offset: u64,
-    len: u64,
-    segments: u32,
-}
-
-/// All splits; see the module documentation.
-#[derive(Default)]
-struct Splits {
-    table: Vec<Split>,
-    free: Vec<u32>,
-    /// Those with something left to hand out: data pieces of one (the last), the flushes of others before it.
-    handing_out: VecDeque<u32>,
-}
-
-impl Splits {
-    fn begin(&mut self, request: Request, flush: bool) {
-        let split = Split { request: Some(request), handed_out: 0, pieces_out: 0, error: None, flush };
-        let number = match self.free.pop() {
-            Some(number) => {
-                self.table[number as usize] = split;
-                number
-            }
-            None => {
-                self.table.push(split);
-                (self.table.len() - 1) as u32
-            }
-        };
-        self.handing_out.push_back(number);
-    }
-
-    #[inline]
-    fn has_pieces(&self) -> bool {
-        !self.handing_out.is_empty()
-    }
-
-    /// The next piece to start.
-    fn next_piece(&mut self) -> Option<Piece> {
-        let number = *self.handing_out.front()?;
-        let split = &mut self.table[number as usize];
-        let request = split.request.as_ref()?;
-        let rest = request.len - split.handed_out;
-        let piece = if rest == 0 {
-            split.flush = false;
-            Piece { split: number, op: Op::Flush, offset: 0, len: 0, segments: 0 }
-        } else {
-            let (len, segments) = match request.kind {
-                Kind::Read | Kind::Write => {
-                    piece_of(request.bufs.as_slice(), split.handed_out, rest.min(MAX_PIECE))
-                }
-                _ => (rest, 0),
-            };
-            let offset = request.offset + split.handed_out;
-            split.handed_out += len;
-            Piece { split: number, op: request.kind.into(), offset, len, segments }
-        };
-        split.pieces_out += 1;
-        if split.handed_out == request.len {
-            // A flush is handed out when all of the data is written; see `piece_done`.
-            self.handing_out.pop_front();
-        }
-        Some(piece)
-    }
-
-    /// Writes the segments of a piece.
-    ///
-    /// # Safety
-    /// There is room for `count` of them, and SPDK does not use it.
-    unsafe fn fill(&self, number: u32, offset: u64, len: u64, count: u32, segments: *mut iovec) -> Data {
-        let Some(request) = self.table[number as usize].request.as_ref().filter(|_| count > 0) else {
-            return Data::One(ptr::null_mut());
-        };
-        let mut filled = 0;
-        for_each_segment(request.bufs.as_slice(), offset - request.offset, len, |base, len| {
-            if filled == count as usize {
-                return false;
-            }
-            // SAFETY: `filled < count`.
-            unsafe { segments.add(filled).write(iovec { iov_base: base.cast(), iov_len: len }) };
-            filled += 1;
-            true
-        });
-        Data::Many(segments, filled as i32)
-    }
-
-    /// Notes that a piece is done; the request with its result when that was the last of it.
-    fn piece_done(
-        &mut self,
-        number: u32,
-        result: Result<(), IoErrorKind>,
-    ) -> Option<(Request, Result<(), IoErrorKind>)> {
-        let split = &mut self.table[number as usize];
-        split.pieces_out -= 1;
-        if let Err(why) = result {
-            split.error.get_or_insert(why);
-            // The rest is not worth starting.
-            if let Some(request) = &split.request
-                && split.handed_out < request.len
-            {
-                split.handed_out = request.len;
-                self.handing_out.retain(|other| *other != number);
-            }
-        }
-        self.finish(number)
-    }
-
-    /// The request and its result, when nothing of it is out or left to do. Queues its flush if that is what is left.
-    fn finish(&mut self, number: u32) -> Option<(Request, Result<(), IoErrorKind>)> {
-        let split = &mut self.table[number as usize];
-        let unfinished = split.request.as_ref().is_none_or(|request| split.handed_out < request.len);
-        if split.pieces_out > 0 || unfinished {
-            return None;
-        }
-        if split.flush && split.error.is_none() {
-            self.handing_out.push_front(number);
-            return None;
-        }
-        let request = split.request.take()?;
-        self.free.push(number);
-        Some((request, split.error.map_or(Ok(()), Err)))
-    }
-
-    /// Gives up one split with something left to hand out; its request, unless pieces of it are still out.
-    fn abandon(&mut self, why: IoErrorKind) -> Option<(Request, Result<(), IoErrorKind>)> {
-        while let Some(number) = self.handing_out.pop_front() {
-            let split = &mut self.table[number as usize];
-            split.error.get_or_insert(why);
-            if let Some(request) = &split.request {
-                split.handed_out = request.len;
-            }
-            if let Some(finished) = self.finish(number) {
-                return Some(finished);
-            }
-        }
-        None
-    }
-}
-
-/// Calls `f` with each contiguous part of the bytes `[start, start + len)` of the buffers, until it returns false.
-fn for_each_segment(bufs: &[crate::DmaBuf], start: u64, len: u64, mut f: impl FnMut(*mut u8, usize) -> bool) {
-    let (mut skip, mut rest) = (start as usize, len as usize);
-    for buf in bufs {
-        if rest == 0 {
-            return;
-        }
-        if skip >= buf.len() {
-            skip -= buf.len();
-            continue;
-        }
-        let part = (buf.len() - skip).min(rest);
-        if !f(buf.as_ptr().wrapping_add(skip), part) {
-            return;
-        }
-        (skip, rest) = (0, rest - part);
-    }
-}
-
-/// How much of `[start, start + len)` goes into one piece, and in how many segments. Buffers are multiples of the block
-/// size, so the piece is one, too.
-fn piece_of(bufs: &[crate::DmaBuf], start: u64, len: u64) -> (u64, u32) {
-    let (mut bytes, mut segments) = (0, 0);
-    for_each_segment(bufs, start, len, |_, part| {
-        bytes += part as u64;
-        segments += 1;
-        (segments as usize) < MAX_SEGMENTS
-    });
-    (bytes, segments)
 }

@@ -1,7 +1,7 @@
 //! The bdev backend against the real SPDK: what the conformance suite cannot know (configurations, several openers, hot
-//! removal, memory shortage, threads), and a raw speed figure.
+//! removal, memory shortage, threads).
 //!
-//! They need huge pages (320 MiB for SPDK itself, 1 GiB for what is created here, 2 GiB for `raw_iops`). Without them they are
+//! They need huge pages (320 MiB for SPDK itself, 1 GiB for what is created here). Without them they are
 //! skipped, and say so; with `GAUR_REQUIRE_SPDK=1` that is a failure.
 
 use std::io::Write as _;
@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::{Completion, DmaBuf, Hints, IoErrorKind, MAX_REQUEST, QueuePair, Request, Segments};
 
-const BLOCK: u64 = 4096;
+pub(super) const BLOCK: u64 = 4096;
 const MIB: u64 = 1 << 20;
 const SECONDS: Duration = Duration::from_secs(30);
 
 /// False, after saying why, when the machine cannot run SPDK.
-fn available() -> bool {
+pub(super) fn available() -> bool {
     match env::get("tests") {
         Ok(_) => true,
         Err(Error::Unavailable { why, .. }) if std::env::var_os("GAUR_REQUIRE_SPDK").is_none() => {
@@ -30,17 +30,17 @@ fn available() -> bool {
     }
 }
 
-fn unique(prefix: &str) -> String {
+pub(super) fn unique(prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     format!("{prefix}{}", NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-fn call(method: &str, params: &str) {
+pub(super) fn call(method: &str, params: &str) {
     rpc(method, params, SECONDS).unwrap();
 }
 
 /// A new malloc bdev; its name.
-fn malloc(bytes: u64, block: u64) -> String {
+pub(super) fn malloc(bytes: u64, block: u64) -> String {
     let name = unique("M");
     let blocks = bytes / block;
     call("bdev_malloc_create", &format!(r#"{{"name":"{name}","num_blocks":{blocks},"block_size":{block}}}"#));
@@ -64,11 +64,11 @@ fn open(name: &str) -> Arc<dyn Device> {
     open_bdev(name, None, &OpenOptions::default(), &format!("spdk-bdev:{name}")).unwrap()
 }
 
-fn queue(device: &Arc<dyn Device>) -> Box<dyn QueuePair> {
+pub(super) fn queue(device: &Arc<dyn Device>) -> Box<dyn QueuePair> {
     Arc::clone(device).queue_pair().unwrap()
 }
 
-fn buffer(device: &Arc<dyn Device>, len: u64, byte: u8) -> DmaBuf {
+pub(super) fn buffer(device: &Arc<dyn Device>, len: u64, byte: u8) -> DmaBuf {
     let mut buf = DmaBuf::new(&device.dma(), len as usize).unwrap();
     buf.fill(byte);
     buf
@@ -195,6 +195,40 @@ fn scatter_lists_and_long_requests_go_in_pieces() {
     for (len, byte) in lens.iter().zip(1u8..) {
         assert!(read[at..at + *len as usize].iter().all(|b| *b == byte), "segment {byte}");
         at += *len as usize;
+    }
+}
+
+#[test]
+fn odd_buffers_do_no_harm_and_come_back() {
+    if !available() {
+        return;
+    }
+    let device = open(&malloc(MIB, BLOCK));
+    let mut queue = queue(&device);
+    let queue = queue.as_mut();
+    // Empty ones in a scatter list.
+    for count in [3, 30] {
+        let mut bufs: Vec<_> = (0..count).map(|i| buffer(&device, BLOCK, i)).collect();
+        let at = bufs[1].len();
+        let empty = bufs[1].split_off(at);
+        bufs.insert(2, empty);
+        let written = run(queue, Request::write(0, bufs, 1));
+        assert_eq!((kind(&written), written.bufs.as_slice().len()), (Ok(()), count as usize + 1));
+        let read = run(queue, Request::read(0, buffer(&device, u64::from(count) * BLOCK, 0xff), 2));
+        let bytes = read.bufs.into_one().unwrap();
+        assert!(bytes.chunks(4096).zip(0..).all(|(block, i)| block.iter().all(|b| *b == i)));
+    }
+    // With requests that have no data, more than one I/O has room for.
+    let fua = |request: Request| request.with_hints(Hints::fua());
+    for request in [
+        Request::flush(0, 3),
+        Request::unmap(0, BLOCK, 4),
+        Request::write_zeroes(0, BLOCK, 5),
+        fua(Request::write_zeroes(0, BLOCK, 6)),
+    ] {
+        let bufs = Segments::from((0..40).map(|_| buffer(&device, BLOCK, 9)).collect::<Vec<_>>());
+        let answer = run(queue, Request { bufs, ..request });
+        assert_eq!((kind(&answer), answer.bufs.as_slice().len()), (Ok(()), 40));
     }
 }
 
@@ -694,179 +728,4 @@ fn with_a_small_pool_of_bdev_ios() {
     assert!(refused.to_string().contains("bdev_io_pool_size"), "{refused}");
     queues.pop();
     queue(&device);
-}
-
-/// Random 4 KiB reads and writes at queue depth 32 on a malloc bdev of 2 GiB from one thread: through a queue pair, and
-/// by calls of SPDK's own functions in the tightest loop there is, in turn. Their difference is what this backend costs;
-/// the first is to be compared with `bdevperf -x` of the same SPDK.
-///
-/// Run with `--release -- --ignored --nocapture raw_iops`; `SECONDS` is the length of each of the runs.
-#[test]
-#[ignore = "a measurement"]
-fn raw_iops() {
-    assert!(available());
-    let seconds = std::env::var("SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(0.5);
-    let device = speed::device(std::env::var_os("NULL").is_some());
-    for write in [false, true] {
-        let (mut ours, mut direct) = (Vec::new(), Vec::new());
-        for _ in 0..9 {
-            ours.push(speed::through_queue_pair(&device, write, seconds));
-            direct.push(speed::direct(&device, write, seconds));
-        }
-        let median = |ns: &mut Vec<f64>| {
-            ns.sort_by(f64::total_cmp);
-            ns[ns.len() / 2]
-        };
-        let (ours, direct) = (median(&mut ours), median(&mut direct));
-        let what = if write { "randwrite" } else { "randread" };
-        println!(
-            "{what} 4 KiB qd32: queue pair {:.0} per s ({ours:.1} ns), SPDK alone {:.0} per s ({direct:.1} ns): {:+.1} ns",
-            1e9 / ours,
-            1e9 / direct,
-            ours - direct
-        );
-    }
-}
-
-mod speed {
-    use std::cell::RefCell;
-    use std::ffi::c_void;
-    use std::ptr;
-
-    use spdk_sys::bdev::{
-        spdk_bdev_free_io, spdk_bdev_get_io_channel, spdk_bdev_io, spdk_bdev_read_blocks,
-        spdk_bdev_write_blocks,
-    };
-    use spdk_sys::thread::{
-        gaur_thread_destroy, gaur_thread_poll, spdk_put_io_channel, spdk_set_thread, spdk_thread_create,
-    };
-
-    use super::*;
-    use crate::spdk::device::SpdkBdev;
-
-    const BYTES: u64 = 2 << 30;
-    const DEPTH: usize = 32;
-    const BATCH: u64 = 16_384;
-
-    pub(super) fn device(null: bool) -> Arc<SpdkBdev> {
-        let name = if null { unique("Null") } else { malloc(BYTES, BLOCK) };
-        if null {
-            let blocks = BYTES / BLOCK;
-            call(
-                "bdev_null_create",
-                &format!(r#"{{"name":"{name}","num_blocks":{blocks},"block_size":{BLOCK}}}"#),
-            );
-        }
-        SpdkBdev::open(&name, None, false, &name).unwrap()
-    }
-
-    fn offsets() -> impl FnMut() -> u64 {
-        let mut random = 0x9e37_79b9_7f4a_7c15u64;
-        move || {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            random % (BYTES / BLOCK)
-        }
-    }
-
-    /// Nanoseconds of CPU an I/O (the thread never sleeps; what others take of its core is left out).
-    fn measure(seconds: f64, mut batch: impl FnMut()) -> f64 {
-        batch();
-        let (began, mut done) = (cpu_seconds(), 0);
-        while cpu_seconds() - began < seconds {
-            batch();
-            done += BATCH;
-        }
-        (cpu_seconds() - began) * 1e9 / done as f64
-    }
-
-    fn cpu_seconds() -> f64 {
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: writes to `time`.
-        unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-        time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
-    }
-
-    pub(super) fn through_queue_pair(device: &Arc<SpdkBdev>, write: bool, seconds: f64) -> f64 {
-        let device: Arc<dyn Device> = Arc::clone(device) as _;
-        let mut queue = queue(&device);
-        let queue = queue.as_mut();
-        let mut block = offsets();
-        let mut request = |buf: Segments| match write {
-            true => Request::write(block() * BLOCK, buf, 0),
-            false => Request::read(block() * BLOCK, buf, 0),
-        };
-        for _ in 0..DEPTH {
-            queue.submit(request(buffer(&device, BLOCK, 1).into()));
-        }
-        let mut completions = Vec::with_capacity(DEPTH);
-        measure(seconds, || {
-            let mut left = BATCH;
-            while left > 0 {
-                left = left.saturating_sub(queue.poll(&mut completions) as u64);
-                for completion in completions.drain(..) {
-                    assert!(completion.result.is_ok());
-                    queue.submit(request(completion.bufs));
-                }
-            }
-        })
-    }
-
-    thread_local! {
-        static DONE: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
-    }
-
-    unsafe extern "C" fn direct_done(io: *mut spdk_bdev_io, success: bool, slot: *mut c_void) {
-        assert!(success);
-        // SAFETY: the I/O is done, and freed once.
-        unsafe { spdk_bdev_free_io(io) };
-        DONE.with(|done| done.borrow_mut().push(slot as usize));
-    }
-
-    pub(super) fn direct(device: &Arc<SpdkBdev>, write: bool, seconds: f64) -> f64 {
-        let as_device: Arc<dyn Device> = Arc::clone(device) as _;
-        let bufs: Vec<DmaBuf> = (0..DEPTH).map(|_| buffer(&as_device, BLOCK, 1)).collect();
-        let desc = device.opened().desc.as_ptr();
-        // SAFETY: the environment is up and the descriptor open; all of this stays on this OS thread; blocks lie inside
-        // the bdev; the buffers live until the last I/O is done, which is waited for.
-        unsafe {
-            let thread = spdk_thread_create(c"direct".as_ptr(), ptr::null_mut());
-            spdk_set_thread(thread);
-            let channel = spdk_bdev_get_io_channel(desc);
-            let mut block = offsets();
-            let mut submit = |slot: usize| {
-                let (buf, slot_arg) = (bufs[slot].as_ptr().cast(), slot as *mut c_void);
-                let rc = match write {
-                    true => {
-                        spdk_bdev_write_blocks(desc, channel, buf, block(), 1, Some(direct_done), slot_arg)
-                    }
-                    false => {
-                        spdk_bdev_read_blocks(desc, channel, buf, block(), 1, Some(direct_done), slot_arg)
-                    }
-                };
-                assert_eq!(rc, 0);
-            };
-            (0..DEPTH).for_each(&mut submit);
-            let mut done = Vec::with_capacity(DEPTH);
-            let ns = measure(seconds, || {
-                let mut left = BATCH;
-                while left > 0 {
-                    gaur_thread_poll(thread);
-                    DONE.with(|ring| std::mem::swap(&mut *ring.borrow_mut(), &mut done));
-                    left = left.saturating_sub(done.len() as u64);
-                    done.drain(..).for_each(&mut submit);
-                }
-            });
-            let mut answered = DONE.with(|ring| ring.borrow_mut().drain(..).count());
-            while answered < DEPTH {
-                gaur_thread_poll(thread);
-                answered += DONE.with(|ring| ring.borrow_mut().drain(..).count());
-            }
-            spdk_put_io_channel(channel);
-            spdk_set_thread(ptr::null_mut());
-            assert!(gaur_thread_destroy(thread, 1000));
-            ns
-        }
-    }
 }

@@ -1,0 +1,149 @@
+//! Crash test: a workload is recorded, crash states are built from the recording, and each is mounted, checked and compared.
+//!
+//! The filesystem commits in this test only when it is told to (no helper, no lack of space), so every state must be exactly
+//! that of the last sync that was acknowledged before the crash, or that of the sync that was under way: a commit
+//! is whole or absent.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bdev_adapter::Device;
+use bdev_adapter::mem::MemDevice;
+use bdev_adapter::wrap::recorder::{CrashOptions, Points, Recorder};
+use common::{MIB, Watchdog, check, crashes, difference, fresh, mount, pattern, quiet, seed};
+use fs_core::{Channel, OpenFlags};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+type Files = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// What must be there after a crash: `files` was synced when the recording was at `point`.
+struct Synced {
+    point: usize,
+    files: Files,
+}
+
+fn name(rng: &mut SmallRng) -> Vec<u8> {
+    format!("file-{}", rng.random_range(0..12)).into_bytes()
+}
+
+/// One change, to the filesystem and to the model.
+fn change(rng: &mut SmallRng, channel: &Channel, files: &mut Files, tag: u64) {
+    let (a, b) = (name(rng), name(rng));
+    match rng.random_range(0..10) {
+        0..=5 => {
+            let file = channel.open(&a, OpenFlags::CREATE).expect("open");
+            let content = files.entry(a).or_default();
+            let offset = rng.random_range(0..300_000usize);
+            let data = pattern(tag, rng.random_range(1..60_000));
+            channel.write(&file, offset as u64, &data).expect("write");
+            content.resize(content.len().max(offset + data.len()), 0);
+            content[offset..offset + data.len()].copy_from_slice(&data);
+        }
+        6 => {
+            let file = channel.open(&a, OpenFlags::CREATE).expect("open");
+            let size = rng.random_range(0..300_000usize);
+            channel.truncate(&file, size as u64).expect("truncate");
+            files.entry(a).or_default().resize(size, 0);
+        }
+        7 | 8 if files.contains_key(&a) => {
+            channel.rename(&a, &b).expect("rename");
+            let content = files.remove(&a).expect("it is there");
+            files.insert(b, content);
+        }
+        _ if files.contains_key(&a) => {
+            channel.delete(&a).expect("delete");
+            files.remove(&a);
+        }
+        _ => {}
+    }
+}
+
+fn read_all(channel: &Channel) -> Files {
+    let names = channel.list("").map(|entry| entry.expect("list").name);
+    names
+        .map(|name| {
+            let file = channel.open(&name, OpenFlags::READ_ONLY).expect("open");
+            let mut content = vec![0; file.size() as usize];
+            assert_eq!(channel.read(&file, 0, &mut content).expect("read"), content.len());
+            (name, content)
+        })
+        .collect()
+}
+
+/// Where `found` differs from `expected`, in words.
+fn differ(found: &Files, expected: &Files) -> Option<String> {
+    let names =
+        |files: &Files| files.keys().map(|n| String::from_utf8_lossy(n).into_owned()).collect::<Vec<_>>();
+    if names(found) != names(expected) {
+        return Some(format!("names {:?} instead of {:?}", names(found), names(expected)));
+    }
+    found.iter().zip(expected).find_map(|((name, found), (_, expected))| {
+        difference(found, expected).map(|what| format!("{}: {what}", String::from_utf8_lossy(name)))
+    })
+}
+
+/// Runs `rounds` rounds of changes and a sync each on a recorded device.
+fn record(rng: &mut SmallRng, rounds: usize) -> (Arc<Recorder>, Vec<Synced>) {
+    let recorder = Recorder::over(MemDevice::new(64 * MIB, 512).expect("a device"));
+    let device: Arc<dyn Device> = recorder.clone();
+    let fs = fresh(&device, &quiet());
+    let channel = fs.channel().expect("channel");
+    let mut files = Files::new();
+    let mut synced = vec![Synced { point: recorder.point(), files: files.clone() }];
+    for round in 0..rounds {
+        for step in 0..rng.random_range(1..8) {
+            change(rng, &channel, &mut files, (round * 100 + step) as u64);
+        }
+        channel.sync().expect("sync");
+        synced.push(Synced { point: recorder.point(), files: files.clone() });
+    }
+    drop(channel);
+    fs.abandon();
+    (recorder, synced)
+}
+
+#[test]
+fn every_crash_state_is_that_of_a_sync() {
+    let seed = seed("every_crash_state_is_that_of_a_sync");
+    let _watchdog = Watchdog::start("every_crash_state_is_that_of_a_sync", seed, 600);
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let wanted = crashes(300);
+    let (mut tried, mut newer) = (0, 0);
+    while tried < wanted {
+        let (recorder, synced) = record(&mut rng, 12);
+        let options = CrashOptions { points: Points::Sampled(5), subsets: 2 };
+        for state in recorder.log().crash_states(rng.random(), options) {
+            // Formatting is not what is being tested.
+            let Some(last) = synced.iter().rposition(|s| s.point <= state.point) else { continue };
+            let what = format!("seed {seed}, crash at event {}, {:?}", state.point, state.survive);
+            let device: Arc<dyn Device> = MemDevice::from_image(&state.image).expect("a device");
+            let fs = mount(&device, &quiet());
+            let channel = fs.channel().expect("channel");
+            let found = read_all(&channel);
+            if let Some(why) = differ(&found, &synced[last].files) {
+                let next = synced.get(last + 1).unwrap_or_else(|| panic!("{what}: {why}"));
+                if let Some(other) = differ(&found, &next.files) {
+                    panic!("{what}: neither the synced state ({why}) nor the next one ({other})");
+                }
+                newer += 1;
+            }
+            check(&fs, &channel);
+            // It goes on from there.
+            let file = channel.open("after", OpenFlags::CREATE).expect("open");
+            channel.write(&file, 5, b"the crash").expect("write");
+            channel.close(file).expect("close");
+            channel.sync().expect("sync");
+            check(&fs, &channel);
+            drop(channel);
+            fs.unmount().expect("unmount");
+            tried += 1;
+            if tried >= wanted {
+                break;
+            }
+        }
+    }
+    println!("{tried} crash states tried, {newer} of them with the commit that was under way; seed {seed}");
+}
