@@ -36,8 +36,8 @@ fn change(rng: &mut SmallRng, channel: &Channel, files: &mut Files, tag: u64) {
         0..=5 => {
             let file = channel.open(&a, OpenFlags::CREATE).expect("open");
             let content = files.entry(a).or_default();
-            let offset = rng.random_range(0..300_000usize);
-            let data = pattern(tag, rng.random_range(1..60_000));
+            let offset = rng.random_range(0..200_000usize);
+            let data = pattern(tag, rng.random_range(1..150_000));
             channel.write(&file, offset as u64, &data).expect("write");
             content.resize(content.len().max(offset + data.len()), 0);
             content[offset..offset + data.len()].copy_from_slice(&data);
@@ -85,9 +85,10 @@ fn differ(found: &Files, expected: &Files) -> Option<String> {
     })
 }
 
-/// Runs `rounds` rounds of changes and a sync each on a recorded device.
+/// Runs `rounds` rounds of changes and a sync each on a recorded device: small, so that the allocator comes round and uses
+/// blocks again that earlier rounds freed.
 fn record(rng: &mut SmallRng, rounds: usize) -> (Arc<Recorder>, Vec<Synced>) {
-    let recorder = Recorder::over(MemDevice::new(64 * MIB, 512).expect("a device"));
+    let recorder = Recorder::over(MemDevice::new(16 * MIB, 512).expect("a device"));
     let device: Arc<dyn Device> = recorder.clone();
     let fs = fresh(&device, &quiet());
     let channel = fs.channel().expect("channel");
@@ -110,11 +111,11 @@ fn every_crash_state_is_that_of_a_sync() {
     let seed = seed("every_crash_state_is_that_of_a_sync");
     let _watchdog = Watchdog::start("every_crash_state_is_that_of_a_sync", seed, 600);
     let mut rng = SmallRng::seed_from_u64(seed);
-    let wanted = crashes(300);
+    let wanted = crashes(600);
     let (mut tried, mut newer) = (0, 0);
     while tried < wanted {
-        let (recorder, synced) = record(&mut rng, 12);
-        let options = CrashOptions { points: Points::Sampled(5), subsets: 2 };
+        let (recorder, synced) = record(&mut rng, 60);
+        let options = CrashOptions { points: Points::Sampled(64), subsets: 2 };
         for state in recorder.log().crash_states(rng.random(), options) {
             // Formatting is not what is being tested.
             let Some(last) = synced.iter().rposition(|s| s.point <= state.point) else { continue };
