@@ -55,6 +55,9 @@ const FEATURES: &[(&str, &str, &str)] = &[
     ("GAUR_HAVE_STATUS_ABORTED", "spdk/bdev_module.h", "SPDK_BDEV_IO_STATUS_ABORTED"),
 ];
 
+/// The files of the C shim.
+const SHIM: &[&str] = &["shim/gaur_spdk.h", "shim/gaur_spdk.c", "shim/gaur_nvme.h", "shim/gaur_nvme.c"];
+
 /// What Rust may call. Everything else of SPDK stays out of the bindings.
 const FUNCTIONS: &[&str] = &[
     "gaur_.*",
@@ -77,13 +80,27 @@ const FUNCTIONS: &[&str] = &[
     "spdk_bdev_unmap_blocks",
     "spdk_bdev_write_zeroes_blocks",
     "spdk_bdev_free_io",
+    "spdk_nvme_ctrlr_get_ns",
+    "spdk_nvme_ctrlr_get_first_active_ns",
+    "spdk_nvme_ctrlr_get_next_active_ns",
+    "spdk_nvme_ctrlr_process_admin_completions",
+    "spdk_nvme_ctrlr_fail",
+    "spdk_nvme_ctrlr_free_io_qpair",
+    "spdk_nvme_ctrlr_reconnect_io_qpair",
+    "spdk_nvme_qpair_process_completions",
+    "spdk_nvme_ns_cmd_read",
+    "spdk_nvme_ns_cmd_readv",
+    "spdk_nvme_ns_cmd_write",
+    "spdk_nvme_ns_cmd_writev",
+    "spdk_nvme_ns_cmd_flush",
+    "spdk_nvme_ns_cmd_write_zeroes",
 ];
 
 fn main() {
     for name in ["SPDK_DIR", "XDG_CACHE_HOME", "HOME", "PKG_CONFIG_PATH", "SPDK_EXTRA_LIBS"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
-    for file in ["build.rs", "shim/gaur_spdk.h", "shim/gaur_spdk.c", "shim/wrapper.h"] {
+    for file in ["build.rs", "shim/wrapper.h"].iter().chain(SHIM) {
         println!("cargo::rerun-if-changed={file}");
     }
     let spdk = locate();
@@ -224,7 +241,8 @@ fn features(include: &Path) -> Vec<&'static str> {
 
 fn compile_shim(include: &Path, features: &[&str]) {
     let mut build = cc::Build::new();
-    build.file("shim/gaur_spdk.c").include("shim").include(include).define("_GNU_SOURCE", None);
+    build.files(SHIM.iter().filter(|file| file.ends_with(".c")));
+    build.include("shim").include(include).define("_GNU_SOURCE", None);
     for feature in features {
         build.define(feature, None);
     }
@@ -244,6 +262,8 @@ fn generate_bindings(include: &Path) {
         .allowlist_type("iovec")
         .allowlist_var("GAUR_.*")
         .allowlist_var("SPDK_VERSION_(MAJOR|MINOR|PATCH)")
+        // Read at its place in the completion, which the specification fixes.
+        .opaque_type("spdk_nvme_cpl")
         .default_enum_style(bindgen::EnumVariation::ModuleConsts)
         .layout_tests(true)
         .generate_comments(false);

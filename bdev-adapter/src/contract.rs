@@ -283,9 +283,13 @@ pub enum IoErrorKind {
         /// The epoch that the device is in.
         now: u64,
     },
-    /// The deadline passed before the request reached the device.
-    #[error("deadline passed")]
+    /// The deadline passed before the request reached the device; or the device did not answer in the time it has for
+    /// one request, and was made to give it up (a write may have happened then, whole or in part, or not).
+    #[error("timed out")]
     TimedOut,
+    /// The device can use its own memory only.
+    #[error("buffer is not memory of this device: allocate it from Device::dma()")]
+    ForeignBuffer,
     /// The adapter or the device had no memory for the request.
     #[error("out of memory for the request")]
     NoMemory,

@@ -110,6 +110,12 @@ impl DmaBuf {
         self.chunk.raw.token
     }
 
+    /// Whether its memory came from `source`.
+    #[inline]
+    pub fn is_from<S: DmaSource>(&self, source: &S) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.chunk.source), std::ptr::from_ref(source))
+    }
+
     /// Splits the buffer: `self` keeps `[0, at)`, the returned buffer is `[at, len)`. No copy.
     ///
     /// # Panics

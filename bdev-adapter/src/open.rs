@@ -61,26 +61,23 @@ fn open_backend(uri: &DeviceUri, options: &OpenOptions) -> Result<Arc<dyn Device
             Ok(MemDevice::named(name, *size, *block_size, options.read_only)?)
         }
         Backend::File(file) => Ok(FileDevice::open(name, file, options)?),
-        Backend::SpdkBdev { name: bdev, config } => open_spdk_bdev(bdev, config.as_deref(), options, uri),
+        Backend::SpdkBdev { .. } | Backend::SpdkNvme(_) => open_spdk(uri, options),
     }
 }
 
 #[cfg(feature = "spdk")]
-fn open_spdk_bdev(
-    bdev: &str,
-    config: Option<&std::path::Path>,
-    options: &OpenOptions,
-    uri: &DeviceUri,
-) -> Result<Arc<dyn Device>, Error> {
-    crate::spdk::open_bdev(bdev, config, options, uri.backend_str())
+fn open_spdk(uri: &DeviceUri, options: &OpenOptions) -> Result<Arc<dyn Device>, Error> {
+    let name = uri.backend_str();
+    match uri.backend() {
+        Backend::SpdkBdev { name: bdev, config } => {
+            crate::spdk::open_bdev(bdev, config.as_deref(), options, name)
+        }
+        Backend::SpdkNvme(nvme) => crate::spdk::open_nvme(nvme, options, name),
+        Backend::Memory { .. } | Backend::File(_) => Err(Error::NotBuilt { uri: uri.as_str().to_owned() }),
+    }
 }
 
 #[cfg(not(feature = "spdk"))]
-fn open_spdk_bdev(
-    _bdev: &str,
-    _config: Option<&std::path::Path>,
-    _options: &OpenOptions,
-    uri: &DeviceUri,
-) -> Result<Arc<dyn Device>, Error> {
+fn open_spdk(uri: &DeviceUri, _options: &OpenOptions) -> Result<Arc<dyn Device>, Error> {
     Err(Error::NotBuilt { uri: uri.as_str().to_owned() })
 }

@@ -6,6 +6,8 @@
 //! backend = "mem"       ":" SIZE [ "?" options ]       options: block
 //!         | "file"      ":" PATH [ "?" options ]       options: size, block, direct, depth
 //!         | "spdk-bdev" ":" NAME [ "?" options ]       options: config
+//!         | "spdk-nvme" ":" controller [ "?" options ] options: ns, depth, timeout, reconnect; tcp: hostnqn, digest
+//! controller = "pcie" ":" ADDRESS | ( "tcp" | "rdma" ) ":" HOST ":" PORT "/" NQN
 //! options = key "=" value { "&" key "=" value }
 //! ```
 //!
@@ -19,6 +21,8 @@
 //! | `file:disk.img?size=1GiB&direct=off` | a file, created if [`OpenOptions::create`](crate::OpenOptions) says so |
 //! | `file:a%3Fb.img` | the file `a?b.img` |
 //! | `spdk-bdev:Malloc0?config=spdk.json` | a bdev of SPDK's JSON configuration |
+//! | `spdk-nvme:pcie:0000:00:04.0` | the only namespace of a local NVMe controller, through SPDK's driver |
+//! | `spdk-nvme:tcp:127.0.0.1:4420/nqn.2016-06.io.spdk:disk?ns=1` | a namespace of an NVMe/TCP target |
 //! | `fault:seed=7,read_error=1e-4/mem:1GiB` | memory of which one read in ten thousand fails |
 //! | `fault:write_error_nth=3/fault:gone_after=100/file:disk.img` | two wrappers; requests enter at the left |
 //!
@@ -35,6 +39,10 @@ use std::path::PathBuf;
 
 use crate::Error;
 use crate::wrap::fault::FaultPlan;
+
+mod nvme;
+
+pub use nvme::{Fabric, NvmeAddress, NvmeOptions};
 
 /// Wrappers around one device at most.
 const MAX_WRAPPERS: usize = 16;
@@ -75,6 +83,8 @@ pub enum Backend {
         /// SPDK's JSON configuration that creates it; none when the program has set SPDK up itself.
         config: Option<PathBuf>,
     },
+    /// `spdk-nvme:`
+    SpdkNvme(NvmeOptions),
 }
 
 /// What `file:` names.
@@ -186,7 +196,8 @@ fn parse_wrapper(scheme: &str, arguments: &[(&str, &str)]) -> Parsed<Wrapper> {
     }
 }
 
-const EXAMPLES: &str = "write mem:1GiB, file:PATH?size=1GiB or spdk-bdev:Malloc0?config=PATH";
+const EXAMPLES: &str = "write mem:1GiB, file:PATH?size=1GiB, spdk-bdev:Malloc0?config=PATH or \
+                        spdk-nvme:pcie:0000:00:04.0";
 
 fn parse_backend(scheme: &str, body: &str) -> Parsed<Backend> {
     let (what, options) = match body.split_once('?') {
@@ -198,6 +209,7 @@ fn parse_backend(scheme: &str, body: &str) -> Parsed<Backend> {
         "mem" => memory(what, &options),
         "file" => file(what, &options),
         "spdk-bdev" => spdk_bdev(what, &options),
+        "spdk-nvme" => nvme::parse(what, &options).map(Backend::SpdkNvme),
         _ => Err(format!("unknown scheme '{scheme}'; {EXAMPLES}")),
     }
 }

@@ -5,6 +5,8 @@
 #include "spdk/stdinc.h"
 #include "spdk/bdev.h"
 #include "spdk/env.h"
+#include "spdk/nvme.h"
 #include "spdk/thread.h"
 #include "spdk/version.h"
+#include "gaur_nvme.h"
 #include "gaur_spdk.h"

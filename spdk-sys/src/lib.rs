@@ -1,7 +1,7 @@
 //! Bindings and a small C shim over the SPDK that is installed.
 //!
 //! Two things are here, and nothing else: SPDK functions that have been the same since 20.07 ([`mod@thread`], [`mod@bdev`],
-//! [`mod@memory`]), bound directly by bindgen; and the shim (`shim/gaur_spdk.h`: [`mod@env`], [`mod@config`], part of the others),
+//! [`mod@nvme`], [`mod@memory`]), bound directly by bindgen; and the shim (`shim/gaur_spdk.h`, `shim/gaur_nvme.h`: [`mod@env`], [`mod@config`], part of the others),
 //! which hides what differs between versions. Everything is raw: who may call what, and when, is said in the shim's
 //! header and in SPDK's own documentation; the safe side is `bdev-adapter`.
 //!
@@ -71,6 +71,23 @@ pub mod bdev {
         iovec, spdk_bdev_desc, spdk_bdev_free_io, spdk_bdev_get_io_channel, spdk_bdev_io,
         spdk_bdev_read_blocks, spdk_bdev_readv_blocks, spdk_bdev_unmap_blocks, spdk_bdev_write_blocks,
         spdk_bdev_write_zeroes_blocks, spdk_bdev_writev_blocks,
+    };
+}
+
+/// The NVMe driver: controllers, their queue pairs, and the calls of the I/O path.
+pub mod nvme {
+    pub use crate::bindings::{
+        gaur_nvme_abort, gaur_nvme_alloc_qpair, gaur_nvme_attach, gaur_nvme_ctrlr_info, gaur_nvme_detach,
+        gaur_nvme_get_ctrlr_info, gaur_nvme_get_ns_info, gaur_nvme_is_removed, gaur_nvme_ns_info,
+        gaur_nvme_opts, gaur_nvme_reset, gaur_nvme_revoke_dma, gaur_nvme_status_offset, gaur_nvme_unmap,
+    };
+    pub use crate::bindings::{
+        spdk_nvme_cpl, spdk_nvme_ctrlr, spdk_nvme_ctrlr_fail, spdk_nvme_ctrlr_free_io_qpair,
+        spdk_nvme_ctrlr_get_first_active_ns, spdk_nvme_ctrlr_get_next_active_ns, spdk_nvme_ctrlr_get_ns,
+        spdk_nvme_ctrlr_process_admin_completions, spdk_nvme_ctrlr_reconnect_io_qpair, spdk_nvme_ns,
+        spdk_nvme_ns_cmd_flush, spdk_nvme_ns_cmd_read, spdk_nvme_ns_cmd_readv, spdk_nvme_ns_cmd_write,
+        spdk_nvme_ns_cmd_write_zeroes, spdk_nvme_ns_cmd_writev, spdk_nvme_qpair,
+        spdk_nvme_qpair_process_completions,
     };
 }
 

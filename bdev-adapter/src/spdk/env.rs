@@ -30,10 +30,13 @@ use super::rpc::{self, Call};
 use crate::Error;
 use crate::pool::{Pool, PoolOptions};
 
+/// Memory for I/O, out of SPDK's huge pages.
+pub(super) type DmaPool = Pool<HugePages>;
+
 /// The environment.
 pub(super) struct Env {
     jobs: Sender<Job>,
-    pool: Arc<Pool<HugePages>>,
+    pool: Arc<DmaPool>,
     /// The proper names of the bdevs that are open here.
     open: Mutex<HashSet<String>>,
 }
@@ -181,7 +184,7 @@ unsafe extern "C" fn log_line(level: c_int, file: *const c_char, line: c_int, te
 
 impl Env {
     /// Memory for I/O.
-    pub(super) fn pool(&self) -> &Arc<Pool<HugePages>> {
+    pub(super) fn pool(&self) -> &Arc<DmaPool> {
         &self.pool
     }
 

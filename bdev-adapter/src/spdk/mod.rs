@@ -7,10 +7,9 @@
 //!    thread, `gaur-spdk`, which keeps its CPU affinity and stays for good. It owns SPDK's first ("app") thread and on it
 //!    loads configurations (`rpc`), opens and closes bdevs, and every 10 ms polls whatever SPDK has to do
 //!    there (keep-alives, hot-plug). It does no I/O.
-//! 2. **Device** (`device`): an open descriptor, claimed for this process alone.
-//! 3. **Queue pair** (`queue`, `slots`, `split`): an SPDK thread and an I/O channel of its own. Requests are submitted and polled by
-//!    whoever calls, on the caller's OS thread; an SPDK thread is a context that any OS thread may enter, one at a
-//!    time, and `&mut` sees to that.
+//! 2. **Bdevs** (`bdev`), through SPDK's block device layer.
+//! 3. **Queue pairs** (`engine`, `slots`, `split`) of both: requests are submitted and polled by whoever calls, on the
+//!    caller's OS thread.
 //!
 //! Memory for I/O comes from SPDK's huge pages through the crate's [`Pool`](crate::pool::Pool) (`memory`).
 //!
@@ -25,11 +24,12 @@
 //! - Virtual bdevs are taken at their word. Above an NVMe bdev, in SPDK versions whose NVMe bdev module answers flushes
 //!   by itself (20.07), their flush reaches no drive; open the NVMe bdev itself where that matters.
 
-mod device;
+mod bdev;
+mod engine;
 mod env;
 mod helper;
 mod memory;
-mod queue;
+mod nvme;
 mod rpc;
 mod slots;
 #[cfg(test)]
@@ -43,6 +43,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::uri::NvmeOptions;
 use crate::{Device, Error, OpenOptions};
 
 /// Opens the bdev `name`, after loading `config` (once in a process for each file) if it is given. `uri` is the device's
@@ -58,7 +59,20 @@ pub fn open_bdev(
     options: &OpenOptions,
     uri: &str,
 ) -> Result<Arc<dyn Device>, Error> {
-    Ok(device::SpdkBdev::open(name, config, options.read_only, uri)?)
+    Ok(bdev::SpdkBdev::open(name, config, options.read_only, uri)?)
+}
+
+/// Opens a namespace of an NVMe controller, which SPDK's own driver drives, without the block device layer (see
+/// [`NvmeOptions`]). The first device of a controller attaches it, which takes from milliseconds to seconds. `uri` is the
+/// device's name in messages.
+///
+/// # Errors
+/// [`Error::NotFound`] when there is no such controller, subsystem or namespace; [`Error::Unavailable`] when the target does
+/// not answer or SPDK lacks huge pages or the transport; [`Error::NotPermitted`] when the target does not let this
+/// host in; [`Error::Busy`] when somebody on this machine has it; [`Error::NotADevice`] for a namespace with metadata or
+/// protection information, and for what is no NVMe target.
+pub fn open_nvme(nvme: &NvmeOptions, options: &OpenOptions, uri: &str) -> Result<Arc<dyn Device>, Error> {
+    nvme::open(nvme, options, uri)
 }
 
 /// Calls an RPC method of SPDK's in this process, as a line of a JSON configuration would: for setting up what no file

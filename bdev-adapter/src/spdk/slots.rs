@@ -1,8 +1,9 @@
 //! The I/Os that a queue pair has at SPDK: a fixed table, and a ring of those that are done.
 //!
 //! SPDK gets the address of a slot with each I/O, and of the segments inside it, so slots never move. A queue pair, and
-//! SPDK's completion callback while the queue pair polls, are the only ones to touch them, on one OS thread at a time;
-//! they meet only in cells, so neither needs exclusive references to what the other uses.
+//! SPDK's completion callback while the queue pair polls, are the only ones to touch them, on one OS thread at a time
+//! (or another thread that keeps the owner out meanwhile); they meet only in cells, so neither needs exclusive
+//! references to what the other uses.
 //!
 //! A slot is free, or taken for a whole request or a piece of one; SPDK knows it from the moment an I/O was started
 //! successfully until the callback has put it on the ring.
@@ -15,11 +16,9 @@ use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::time::Instant;
 
-use spdk_sys::bdev::{
-    gaur_bdev_io_error, gaur_io_error, io_error_kind, iovec, spdk_bdev_free_io, spdk_bdev_io,
-};
+use spdk_sys::bdev::iovec;
 
-use super::device::EPOCH;
+use super::split::Piece;
 use crate::{Completion, IoError, IoErrorKind, Kind, Request, Segments};
 
 /// Segments of one I/O at SPDK; requests with more are carried out in pieces.
@@ -50,11 +49,11 @@ impl From<Kind> for Op {
 }
 
 impl Op {
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         let kind = match self {
             Op::Read => Kind::Read,
             Op::Write => Kind::Write,
-            Op::Flush => Kind::Flush { epoch: EPOCH },
+            Op::Flush => Kind::Flush { epoch: 0 },
             Op::WriteZeroes => Kind::WriteZeroes,
             Op::Unmap => Kind::Unmap,
         };
@@ -72,6 +71,11 @@ pub(super) struct Work {
     pub(super) len: u64,
     /// For a whole request only.
     tag: u64,
+    /// Of a flush: the epoch that it names.
+    pub(super) epoch: u64,
+    pub(super) fua: bool,
+    /// How often it was started again after its connection was lost.
+    pub(super) retries: u8,
     pub(super) deadline: Option<Instant>,
     pub(super) bufs: Segments,
 }
@@ -91,10 +95,24 @@ pub(super) struct Slot {
     ring: NonNull<Ring>,
     index: u32,
     failed: Cell<bool>,
+    /// When it was started, by the driver's own clock; 0 while SPDK does not know it. For drivers with timeouts.
+    pub(super) started: Cell<u32>,
+    /// The device was asked to give it up.
+    pub(super) aborting: Cell<bool>,
     work: UnsafeCell<Work>,
     /// Meaningful while `failed`.
     failure: Cell<IoErrorKind>,
+    /// Where SPDK is in the segments, for drivers that it asks for one after the other.
+    pub(super) cursor: Cell<Cursor>,
     segments: UnsafeCell<[iovec; MAX_SEGMENTS]>,
+}
+
+/// A place in the segments of a slot: `skip` bytes into segment `next` of `count`.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Cursor {
+    pub(super) count: u32,
+    pub(super) next: u32,
+    pub(super) skip: u32,
 }
 
 /// Slots that are done, in order. Each is on it at most once, so it never overflows.
@@ -119,6 +137,10 @@ pub(super) struct Slots {
     free: Vec<u32>,
 }
 
+// SAFETY: slots and ring belong to the table alone. SPDK, which knows their addresses, uses them only inside calls that the
+// table's owner makes, or that are made while the owner is kept out.
+unsafe impl Send for Slots {}
+
 impl Slots {
     pub(super) fn new(count: u32) -> Slots {
         let ring = Ring { len: Cell::new(0), entries: (0..count).map(|_| Cell::new(0)).collect() };
@@ -128,12 +150,18 @@ impl Slots {
             ring,
             index,
             failed: Cell::new(false),
+            started: Cell::new(0),
+            aborting: Cell::new(false),
+            cursor: Cell::new(Cursor::default()),
             work: UnsafeCell::new(Work {
                 op: Op::Flush,
                 owner: Owner::Request,
                 offset: 0,
                 len: 0,
                 tag: 0,
+                epoch: 0,
+                fua: false,
+                retries: 0,
                 deadline: None,
                 bufs: Segments::None,
             }),
@@ -155,6 +183,11 @@ impl Slots {
         work.offset = request.offset;
         work.len = request.len;
         work.tag = request.tag;
+        work.fua = request.hints.fua;
+        work.retries = 0;
+        if let Kind::Flush { epoch } = request.kind {
+            work.epoch = epoch;
+        }
         work.deadline = request.hints.deadline;
         debug_assert!(matches!(work.bufs, Segments::None));
         // SAFETY: a free slot has `Segments::None`, of which nothing is to be dropped.
@@ -163,18 +196,12 @@ impl Slots {
     }
 
     /// Takes a free slot for a piece of a split.
-    pub(super) fn take_for_piece(
-        &mut self,
-        split: u32,
-        segments: u32,
-        op: Op,
-        offset: u64,
-        len: u64,
-    ) -> Option<u32> {
+    pub(super) fn take_for_piece(&mut self, piece: &Piece) -> Option<u32> {
         let index = self.free.pop()?;
         let work = self.work(index);
-        (work.op, work.owner) = (op, Owner::Split { split, segments });
-        (work.offset, work.len, work.deadline) = (offset, len, None);
+        (work.op, work.owner) = (piece.op, Owner::Split { split: piece.split, segments: piece.segments });
+        (work.offset, work.len, work.deadline) = (piece.offset, piece.len, None);
+        (work.fua, work.retries) = (piece.fua, 0);
         Some(index)
     }
 
@@ -184,6 +211,7 @@ impl Slots {
         &mut self,
         index: u32,
         result: Result<(), IoErrorKind>,
+        epoch: u64,
         answer: &mut std::mem::MaybeUninit<Completion>,
     ) {
         let work = self.work(index);
@@ -192,7 +220,7 @@ impl Slots {
             Err(kind) => Err(io_error(work, kind)),
         };
         let bufs = std::mem::replace(&mut work.bufs, Segments::None);
-        answer.write(Completion { tag: work.tag, result, bufs, epoch: EPOCH });
+        answer.write(Completion { tag: work.tag, result, bufs, epoch });
         self.free.push(index);
     }
 
@@ -220,10 +248,20 @@ impl Slots {
         self.slot(index).segments.get().cast()
     }
 
-    /// What SPDK gets as the callback's argument.
-    #[inline]
-    pub(super) fn argument(&self, index: u32) -> *mut c_void {
-        std::ptr::from_ref(self.slot(index)).cast_mut().cast()
+    /// How many there are.
+    pub(super) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Slot `index`, and what it is taken for.
+    pub(super) fn with<T>(&mut self, index: u32, f: impl FnOnce(&Slot, &mut Work) -> T) -> T {
+        let slot = self.slot(index);
+        // SAFETY: as in `work`; nobody reaches the work through the shared reference.
+        f(slot, unsafe { &mut *slot.work.get() })
+    }
+
+    pub(super) fn view(&self) -> SlotsView {
+        SlotsView(self.slots)
     }
 
     /// Puts a slot that SPDK refused on the ring, with the reason.
@@ -253,7 +291,7 @@ impl Slots {
     }
 
     #[inline]
-    fn slot(&self, index: u32) -> &Slot {
+    pub(super) fn slot(&self, index: u32) -> &Slot {
         // SAFETY: the slots live as long as the table, and everything in them that changes is in a cell.
         unsafe { &self.slots.as_ref()[index as usize] }
     }
@@ -267,15 +305,97 @@ impl Slots {
 
 impl Slot {
     #[cold]
-    fn fail(&self, why: IoErrorKind) {
+    pub(super) fn fail(&self, why: IoErrorKind) {
         self.failed.set(true);
         self.failure.set(why);
+    }
+
+    /// What SPDK gets as the callback's argument.
+    #[inline]
+    pub(super) fn argument(&self) -> *mut c_void {
+        std::ptr::from_ref(self).cast_mut().cast()
+    }
+
+    /// The slot of a callback's argument.
+    ///
+    /// # Safety
+    /// `argument` came from [`argument`](Self::argument) of a slot whose table is alive, and is only used on this thread
+    /// as long as that is so.
+    #[inline]
+    pub(super) unsafe fn of<'a>(argument: *mut c_void) -> &'a Slot {
+        // SAFETY: as the caller promises; what changes in a slot is in cells.
+        unsafe { &*argument.cast::<Slot>() }
+    }
+
+    /// Puts the slot on the ring: SPDK is done with it. Called from completion callbacks, inside a poll of the queue pair
+    /// (or, in theory, inside the call that starts it).
+    #[inline]
+    pub(super) fn done(&self) {
+        // SAFETY: the ring lives as long as the table that the slot is in.
+        unsafe { self.ring.as_ref() }.push(self.index);
+    }
+
+    /// The segment at the cursor, from there on.
+    ///
+    /// # Safety
+    /// The segments up to the cursor's count were written for the I/O that SPDK knows.
+    pub(super) unsafe fn next_segment(&self) -> Option<(*mut u8, usize)> {
+        let mut cursor = self.cursor.get();
+        if cursor.next >= cursor.count {
+            return None;
+        }
+        // SAFETY: `next < count`, which is at most the length of the array; it is not written to while SPDK knows it.
+        let segment = unsafe { &(*self.segments.get())[cursor.next as usize] };
+        let skip = cursor.skip as usize;
+        cursor.next += 1;
+        cursor.skip = 0;
+        self.cursor.set(cursor);
+        Some((segment.iov_base.cast::<u8>().wrapping_add(skip), segment.iov_len - skip))
+    }
+
+    /// Moves the cursor to `offset` bytes after the beginning.
+    ///
+    /// # Safety
+    /// As for [`next_segment`](Self::next_segment).
+    pub(super) unsafe fn seek(&self, offset: u32) {
+        let mut cursor = Cursor { next: 0, skip: offset, ..self.cursor.get() };
+        while cursor.next < cursor.count {
+            // SAFETY: as in `next_segment`.
+            let len = unsafe { (&(*self.segments.get()))[cursor.next as usize].iov_len };
+            if (cursor.skip as usize) < len {
+                break;
+            }
+            cursor.skip -= len as u32;
+            cursor.next += 1;
+        }
+        self.cursor.set(cursor);
     }
 }
 
 #[cold]
 fn io_error(work: &Work, kind: IoErrorKind) -> Box<IoError> {
     Box::new(IoError { op: work.op.name(), offset: work.offset, len: work.len, kind })
+}
+
+/// The slots of a table, for another thread that looks at them while it keeps the queue pair's owner out.
+#[derive(Clone, Copy)]
+pub(super) struct SlotsView(NonNull<[Slot]>);
+
+// SAFETY: whoever uses it must keep the owner out (see `iter`).
+unsafe impl Send for SlotsView {}
+
+impl SlotsView {
+    /// How many there are.
+    pub(super) fn len(self) -> usize {
+        self.0.len()
+    }
+
+    /// # Safety
+    /// The table is alive, and its owner does not touch it, over the life of the iterator.
+    pub(super) unsafe fn iter<'a>(self) -> std::slice::Iter<'a, Slot> {
+        // SAFETY: as the caller promises.
+        unsafe { self.0.as_ref() }.iter()
+    }
 }
 
 impl Drop for Slots {
@@ -285,41 +405,5 @@ impl Drop for Slots {
             drop(Box::from_raw(self.slots.as_ptr()));
             drop(Box::from_raw(self.ring.as_ptr()));
         }
-    }
-}
-
-/// SPDK calls this when an I/O is done, from inside a poll of the queue pair's SPDK thread (or, in theory, from inside
-/// the call that starts it).
-///
-/// # Safety
-/// `io` is a completed I/O of SPDK's, `argument` came from [`Slots::argument`] of a table that is alive.
-pub(super) unsafe extern "C" fn on_done(io: *mut spdk_bdev_io, success: bool, argument: *mut c_void) {
-    // SAFETY: see above; the slot is only read, and changed in its cells.
-    let (slot, ring) = unsafe {
-        let slot = &*argument.cast::<Slot>();
-        (slot, slot.ring.as_ref())
-    };
-    if !success {
-        // SAFETY: `io` has completed and is not freed yet.
-        slot.fail(unsafe { failure(io) });
-    }
-    // SAFETY: the I/O is ours and done; it is freed once, here.
-    unsafe { spdk_bdev_free_io(io) };
-    ring.push(slot.index);
-}
-
-/// # Safety
-/// `io` has completed and is not freed yet.
-#[cold]
-unsafe fn failure(io: *mut spdk_bdev_io) -> IoErrorKind {
-    let mut error = gaur_io_error { kind: 0, error: 0, sct: 0, sc: 0 };
-    // SAFETY: as the caller promises; `error` is a structure of the shim's layout.
-    unsafe { gaur_bdev_io_error(io, &mut error) };
-    match error.kind {
-        io_error_kind::GAUR_IO_NVME => IoErrorKind::Nvme { sct: error.sct, sc: error.sc },
-        io_error_kind::GAUR_IO_ERRNO => IoErrorKind::Os(error.error),
-        io_error_kind::GAUR_IO_NOMEM => IoErrorKind::NoMemory,
-        io_error_kind::GAUR_IO_ABORTED => IoErrorKind::Os(libc::ECANCELED),
-        _ => IoErrorKind::Os(libc::EIO),
     }
 }

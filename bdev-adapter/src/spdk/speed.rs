@@ -12,7 +12,7 @@ use spdk_sys::thread::{
     gaur_thread_destroy, gaur_thread_poll, spdk_put_io_channel, spdk_set_thread, spdk_thread_create,
 };
 
-use super::device::SpdkBdev;
+use super::bdev::SpdkBdev;
 use super::tests::{BLOCK, available, buffer, call, malloc, queue, unique};
 use crate::{Device, DmaBuf, Request, Segments};
 

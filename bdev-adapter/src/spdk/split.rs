@@ -11,9 +11,35 @@ use std::ptr;
 
 use spdk_sys::bdev::iovec;
 
-use super::device::MAX_PIECE;
 use super::slots::{MAX_SEGMENTS, Op};
 use crate::{DmaBuf, IoErrorKind, Kind, Request, Segments};
+
+/// How much one I/O of SPDK's may carry.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Bytes of a read or write.
+    pub(super) transfer: u64,
+    /// Reads and writes do not cross multiples of so many bytes; 0 for no such boundary.
+    pub(super) boundary: u64,
+    /// Bytes of a write-zeroes.
+    pub(super) zeroes: u64,
+    /// Bytes of an unmap.
+    pub(super) unmap: u64,
+}
+
+impl Limits {
+    /// How much of `len` bytes at `offset` goes into one I/O.
+    #[inline]
+    pub(super) fn piece(&self, op: Op, offset: u64, len: u64) -> u64 {
+        match op {
+            Op::Read | Op::Write if self.boundary == 0 => len.min(self.transfer),
+            Op::Read | Op::Write => len.min(self.transfer).min(self.boundary - offset % self.boundary),
+            Op::WriteZeroes => len.min(self.zeroes),
+            Op::Unmap => len.min(self.unmap),
+            Op::Flush => len,
+        }
+    }
+}
 
 /// Where the data of an I/O is.
 #[derive(Clone, Copy)]
@@ -68,6 +94,7 @@ pub(super) struct Piece {
     pub(super) offset: u64,
     pub(super) len: u64,
     pub(super) segments: u32,
+    pub(super) fua: bool,
 }
 
 /// All splits; see the module documentation.
@@ -101,24 +128,23 @@ impl Splits {
     }
 
     /// The next piece to start.
-    pub(super) fn next_piece(&mut self) -> Option<Piece> {
+    pub(super) fn next_piece(&mut self, limits: &Limits) -> Option<Piece> {
         let number = *self.handing_out.front()?;
         let split = &mut self.table[number as usize];
         let request = split.request.as_ref()?;
         let rest = request.len - split.handed_out;
         let piece = if rest == 0 {
             split.flush = false;
-            Piece { split: number, op: Op::Flush, offset: 0, len: 0, segments: 0 }
+            Piece { split: number, op: Op::Flush, offset: 0, len: 0, segments: 0, fua: false }
         } else {
+            let (op, offset) = (Op::from(request.kind), request.offset + split.handed_out);
+            let len = limits.piece(op, offset, rest);
             let (len, segments) = match request.kind {
-                Kind::Read | Kind::Write => {
-                    piece_of(request.bufs.as_slice(), split.handed_out, rest.min(MAX_PIECE))
-                }
-                _ => (rest, 0),
+                Kind::Read | Kind::Write => piece_of(request.bufs.as_slice(), split.handed_out, len),
+                _ => (len, 0),
             };
-            let offset = request.offset + split.handed_out;
             split.handed_out += len;
-            Piece { split: number, op: request.kind.into(), offset, len, segments }
+            Piece { split: number, op, offset, len, segments, fua: request.hints.fua }
         };
         split.pieces_out += 1;
         if split.handed_out == request.len {

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::env::{self, Env};
-use super::helper::Opened;
-use super::queue::SpdkQueuePair;
-use super::rpc;
+use super::driver;
+use crate::spdk::env::{self, Env};
+use crate::spdk::helper::Opened;
+use crate::spdk::rpc;
 use crate::{ClaimFlag, Device, DmaSource, Error, Geometry, QueuePair};
 
 /// The epoch of every bdev: nothing tells of resets below.
@@ -21,7 +21,7 @@ pub(super) const DEPTH: u32 = 256;
 const MAX_CONFIG: u64 = 16 << 20;
 
 /// An open bdev. All functions may be called from any thread.
-pub(super) struct SpdkBdev {
+pub(in crate::spdk) struct SpdkBdev {
     uri: String,
     geometry: Geometry,
     read_only: bool,
@@ -44,8 +44,8 @@ impl std::fmt::Debug for SpdkBdev {
 }
 
 impl SpdkBdev {
-    /// See [`open_bdev`](super::open_bdev).
-    pub(super) fn open(
+    /// See [`open_bdev`](crate::spdk::open_bdev).
+    pub(in crate::spdk) fn open(
         name: &str,
         config: Option<&Path>,
         read_only: bool,
@@ -97,7 +97,7 @@ impl SpdkBdev {
         Err(Error::NotADevice { device: self.uri.clone(), why })
     }
 
-    pub(super) fn opened(&self) -> &Opened {
+    pub(in crate::spdk) fn opened(&self) -> &Opened {
         &self.opened
     }
 
@@ -167,7 +167,7 @@ impl Device for SpdkBdev {
     }
 
     fn queue_pair(self: Arc<Self>) -> Result<Box<dyn QueuePair>, Error> {
-        Ok(Box::new(SpdkQueuePair::new(self)?))
+        Ok(Box::new(driver::open(self)?))
     }
 
     fn dma(&self) -> Arc<dyn DmaSource> {
