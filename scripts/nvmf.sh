@@ -14,6 +14,7 @@
 #   --port N       default 4420
 #   --core N       the CPU that it keeps busy (default: the last)
 #   --delay US     the time that every I/O takes, in microseconds
+#   --config PATH  all of that from an SPDK configuration of your own, which listens at --port
 #
 # Example:
 #
@@ -29,7 +30,7 @@ trap - INT TERM
 readonly NQN=nqn.2016-06.io.spdk:gaur
 
 main() {
-  local command="${1:-}" file='' size=256 block=4096 port=4420 core delay=0
+  local command="${1:-}" file='' size=256 block=4096 port=4420 core delay=0 config=''
   core=$(($(nproc) - 1))
   [ "$#" -gt 0 ] && shift
   while [ "$#" -gt 0 ]; do
@@ -40,6 +41,7 @@ main() {
       --port) port="$2" ;;
       --core) core="$2" ;;
       --delay) delay="$2" ;;
+      --config) config="$2" ;;
       *) die "unknown option '$1'" "see the head of scripts/nvmf.sh" ;;
     esac
     shift 2 || die "an option needs a value"
@@ -95,6 +97,7 @@ run() {
     { "method": "nvmf_subsystem_add_listener", "params": { "nqn": "$NQN", "listen_address":
       { "trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": "$port" } } } ] } ] }
 JSON
+  if [ -n "$config" ]; then cp "$config" "$work/config.json"; fi
   # Says when it can be connected to, and takes the files away; gives up with the target.
   (
     for _ in $(seq 600); do
@@ -106,7 +109,7 @@ JSON
   ) &
   # Huge pages without files that a killed target would leave behind.
   exec "$(program)" --json "$work/config.json" -r "$work.sock" -m "[$core]" -s $((128 + (${#file} > 0 ? 0 : size))) \
-    --huge-unlink --no-pci --silence-noticelog -i "$((port % 1000 + 1000))"
+    --huge-unlink --no-pci --silence-noticelog -i "$port"
 }
 
 main "$@"

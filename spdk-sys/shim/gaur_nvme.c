@@ -108,12 +108,21 @@ struct spdk_nvme_qpair *
 gaur_nvme_alloc_qpair(struct spdk_nvme_ctrlr *ctrlr, uint32_t entries, uint32_t requests)
 {
 	struct spdk_nvme_io_qpair_opts opts;
+	struct spdk_nvme_qpair *qpair;
 
 	spdk_nvme_ctrlr_get_default_io_qpair_opts(ctrlr, &opts, sizeof(opts));
 	opts.io_queue_size = entries;
 	opts.io_queue_requests = requests;
 	opts.delay_cmd_submit = true;
-	return spdk_nvme_ctrlr_alloc_io_qpair(ctrlr, &opts, sizeof(opts));
+	/* In two steps: when connecting fails inside of the allocation, 20.07 keeps the freed queue pair in a list, and
+	 * a later detach dies of it. */
+	opts.create_only = true;
+	qpair = spdk_nvme_ctrlr_alloc_io_qpair(ctrlr, &opts, sizeof(opts));
+	if (qpair != NULL && spdk_nvme_ctrlr_connect_io_qpair(ctrlr, qpair) != 0) {
+		spdk_nvme_ctrlr_free_io_qpair(qpair);
+		qpair = NULL;
+	}
+	return qpair;
 }
 
 int

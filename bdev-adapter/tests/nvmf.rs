@@ -1,0 +1,471 @@
+//! NVMe/TCP against SPDK's own target: what the conformance suite cannot know. Targets that are killed, frozen, slow, cut off
+//! in the middle of a transfer, or no targets at all.
+
+#![cfg(feature = "spdk")]
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails")]
+
+mod nvmf_support;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bdev_adapter::{Completion, Device, DmaBuf, Error, IoErrorKind, OpenOptions, QueuePair, Request, open};
+use nvmf_support::impostor::Impostor;
+use nvmf_support::proxy::Proxy;
+use nvmf_support::{Target, available, directory, free_port, uri};
+use parking_lot::{Mutex, MutexGuard};
+
+const BLOCK: usize = 4096;
+/// A hang is a failure.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// One target at a time: each keeps a CPU busy.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock()
+}
+
+fn device(uri: &str) -> Arc<dyn Device> {
+    open(uri, &OpenOptions::new()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn refused(uri: &str) -> Error {
+    let began = Instant::now();
+    let error = match open(uri, &OpenOptions::new()) {
+        Ok(_) => panic!("{uri} opens"),
+        Err(error) => error,
+    };
+    println!("{:.1?}: {error}", began.elapsed());
+    assert!(began.elapsed() < LIMIT);
+    assert!(error.to_string().contains(uri), "the error names the device: {error}");
+    error
+}
+
+fn queue(device: &Arc<dyn Device>) -> Box<dyn QueuePair> {
+    Arc::clone(device).queue_pair().unwrap()
+}
+
+fn buffer(device: &Arc<dyn Device>, len: usize, byte: u8) -> DmaBuf {
+    let mut buf = DmaBuf::new(&device.dma(), len).unwrap();
+    buf.fill(byte);
+    buf
+}
+
+/// Polls until `count` requests were answered.
+fn collect(queue: &mut dyn QueuePair, count: usize) -> Vec<Completion> {
+    let (mut completions, deadline) = (Vec::new(), Instant::now() + LIMIT);
+    while completions.len() < count {
+        if queue.poll(&mut completions) == 0 {
+            queue.wait(Duration::from_millis(1));
+        }
+        assert!(Instant::now() < deadline, "{} of {count} answered", completions.len());
+    }
+    assert_eq!(completions.len(), count);
+    completions
+}
+
+fn run(queue: &mut dyn QueuePair, request: Request) -> Completion {
+    queue.submit(request);
+    collect(queue, 1).remove(0)
+}
+
+fn kind(completion: &Completion) -> Result<(), IoErrorKind> {
+    completion.result.as_ref().map(|_| ()).map_err(|error| error.kind)
+}
+
+/// Writes to blocks of one's own, each with a number that grows, and remembers what was acknowledged.
+struct Writer {
+    device: Arc<dyn Device>,
+    first_block: u64,
+    random: u64,
+    number: u64,
+    acknowledged: HashMap<u64, u64>,
+}
+
+impl Writer {
+    const BLOCKS: u64 = 1024;
+    const DEPTH: usize = 16;
+
+    fn new(device: &Arc<dyn Device>, which: u64) -> Writer {
+        let (first_block, random) = (which * Writer::BLOCKS, which + 1);
+        Writer { device: Arc::clone(device), first_block, random, number: 0, acknowledged: HashMap::new() }
+    }
+
+    fn next(&mut self, busy: &HashMap<u64, (u64, u64)>) -> u64 {
+        loop {
+            self.random ^= self.random << 13;
+            self.random ^= self.random >> 7;
+            self.random ^= self.random << 17;
+            let block = self.first_block + self.random % Writer::BLOCKS;
+            // Two writes to one block at once would have no order.
+            if !busy.values().any(|(other, _)| *other == block) {
+                return block;
+            }
+        }
+    }
+
+    /// Until `stop`; every request is answered exactly once, and well.
+    fn work(&mut self, stop: &AtomicBool) {
+        let mut queue = queue(&self.device);
+        let mut busy: HashMap<u64, (u64, u64)> = HashMap::new();
+        let mut buffers: Vec<DmaBuf> = (0..Writer::DEPTH).map(|_| buffer(&self.device, BLOCK, 0)).collect();
+        let mut completions = Vec::new();
+        let mut last_answer = Instant::now();
+        while !stop.load(Ordering::Acquire) || !busy.is_empty() {
+            while !stop.load(Ordering::Acquire)
+                && let Some(mut buf) = buffers.pop()
+            {
+                let block = self.next(&busy);
+                self.number += 1;
+                fill(&mut buf, block, self.number);
+                busy.insert(self.number, (block, self.number));
+                queue.submit(Request::write(block * BLOCK as u64, buf, self.number));
+            }
+            if queue.poll(&mut completions) > 0 {
+                last_answer = Instant::now();
+            }
+            assert!(last_answer.elapsed() < LIMIT, "{} requests hang", busy.len());
+            for completion in completions.drain(..) {
+                completion.result.unwrap();
+                let (block, number) = busy.remove(&completion.tag).expect("answered once");
+                self.acknowledged.insert(block, number);
+                buffers.push(completion.bufs.into_one().unwrap());
+            }
+        }
+        assert_eq!(queue.outstanding(), 0);
+    }
+
+    fn verify(&self) {
+        let mut queue = queue(&self.device);
+        for (block, number) in &self.acknowledged {
+            let buf = buffer(&self.device, BLOCK, 0);
+            let completion = run(queue.as_mut(), Request::read(block * BLOCK as u64, buf, 0));
+            completion.result.unwrap();
+            let buf = completion.bufs.into_one().unwrap();
+            let mut expected = vec![0; BLOCK];
+            fill(&mut expected, *block, *number);
+            assert!(buf[..] == expected[..], "block {block} holds what was acknowledged last");
+        }
+    }
+}
+
+fn fill(buf: &mut [u8], block: u64, number: u64) {
+    for chunk in buf.chunks_exact_mut(16) {
+        chunk[..8].copy_from_slice(&block.to_le_bytes());
+        chunk[8..].copy_from_slice(&number.to_le_bytes());
+    }
+}
+
+/// Two threads write while `disturb` runs; then everything acknowledged is there.
+fn under_load(device: &Arc<dyn Device>, disturb: impl FnOnce()) {
+    let stop = AtomicBool::new(false);
+    let writers: Vec<Writer> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..2)
+            .map(|which| {
+                let (mut writer, stop) = (Writer::new(device, which), &stop);
+                scope.spawn(move || {
+                    writer.work(stop);
+                    writer
+                })
+            })
+            .collect();
+        disturb();
+        stop.store(true, Ordering::Release);
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for writer in &writers {
+        println!("{} writes, {} blocks", writer.number, writer.acknowledged.len());
+        assert!(writer.number > 100);
+        writer.verify();
+    }
+}
+
+const MOMENT: Duration = Duration::from_millis(300);
+
+#[test]
+fn a_target_that_is_killed_and_restarted_under_load() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let directory = directory();
+    let mut target = Target::over_file(&directory.path().join("disk"), 64);
+    let device = device(&target.uri("reconnect=30s"));
+    let before = device.epoch();
+    under_load(&device, || {
+        for _ in 0..3 {
+            thread::sleep(MOMENT);
+            target.kill();
+            thread::sleep(MOMENT);
+            target.restart();
+        }
+        thread::sleep(MOMENT);
+    });
+    let now = device.epoch();
+    assert!(device.geometry().volatile_cache && now >= before + 3, "epoch {now}");
+    let mut queue = queue(&device);
+    let old = run(queue.as_mut(), Request::flush(before, 1));
+    assert_eq!(kind(&old), Err(IoErrorKind::EpochLost { expected: before, now }));
+    assert_eq!(kind(&run(queue.as_mut(), Request::flush(now, 1))), Ok(()));
+}
+
+#[test]
+fn connections_that_are_cut_under_load() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let target = Target::start(&["--size", "64"]);
+    let proxy = Proxy::new(target.port);
+    let device = device(&uri(proxy.port, "reconnect=30s"));
+    under_load(&device, || {
+        for _ in 0..5 {
+            thread::sleep(MOMENT);
+            proxy.cut();
+        }
+        thread::sleep(MOMENT);
+    });
+    assert!(proxy.cuts() >= 5);
+}
+
+#[test]
+fn a_transfer_that_is_cut_is_repeated_and_given_up_when_it_is_always_cut() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let target = Target::start(&["--size", "64"]);
+    let proxy = Proxy::new(target.port);
+    let device = device(&uri(proxy.port, "reconnect=30s"));
+    let mut queue = queue(&device);
+    let len = 4 << 20;
+    run(queue.as_mut(), Request::write(0, buffer(&device, len, 7), 1)).result.unwrap();
+    // Each connection lasts for a part of the read, and the pieces that came are not asked for again.
+    proxy.cut_after(1 << 20);
+    let read = run(queue.as_mut(), Request::read(0, buffer(&device, len, 0), 2));
+    read.result.unwrap();
+    assert!(read.bufs.into_one().unwrap().iter().all(|&byte| byte == 7));
+    assert!(proxy.cuts() >= 2, "{} cuts", proxy.cuts());
+    // Not even one piece comes through: each is tried a few times.
+    proxy.cut_after(32 << 10);
+    proxy.cut();
+    let failed = run(queue.as_mut(), Request::read(0, buffer(&device, 128 << 10, 0), 3));
+    assert!(matches!(kind(&failed), Err(IoErrorKind::Nvme { .. })), "{:?}", failed.result);
+    assert_eq!(failed.bufs.len(), 128 << 10, "the buffer comes back");
+    // And all is well when the line is.
+    proxy.cut_after(u64::MAX);
+    run(queue.as_mut(), Request::read(0, buffer(&device, len, 0), 4)).result.unwrap();
+}
+
+#[test]
+fn a_target_that_never_comes_back() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let directory = directory();
+    let mut target = Target::over_file(&directory.path().join("disk"), 64);
+    let uri = target.uri("reconnect=1s");
+    let lost = device(&uri);
+    let (mut one, mut other) = (queue(&lost), queue(&lost));
+    run(one.as_mut(), Request::write(0, buffer(&lost, BLOCK, 3), 0)).result.unwrap();
+    for tag in 0..200 {
+        one.submit(Request::read(0, buffer(&lost, BLOCK, 0), tag));
+    }
+    one.kick();
+    target.kill();
+    for tag in 200..300 {
+        one.submit(Request::read(0, buffer(&lost, BLOCK, 0), tag));
+    }
+    // Some may have been answered before the target died.
+    let answers = collect(one.as_mut(), 300);
+    let mut tags: Vec<u64> = answers.iter().map(|completion| completion.tag).collect();
+    tags.sort_unstable();
+    assert!(tags.iter().copied().eq(0..300), "each is answered once");
+    assert!(answers.iter().all(|completion| matches!(kind(completion), Ok(()) | Err(IoErrorKind::Gone))));
+    assert!(answers.iter().filter(|completion| completion.result.is_err()).count() >= 100);
+    assert!(answers.iter().all(|completion| completion.bufs.len() == BLOCK as u64));
+    // From now on everything is answered at once.
+    for queue in [&mut one, &mut other] {
+        let answer = run(queue.as_mut(), Request::write(0, buffer(&lost, BLOCK, 9), 1));
+        assert_eq!(kind(&answer), Err(IoErrorKind::Gone));
+    }
+    assert!(matches!(Arc::clone(&lost).queue_pair().err(), Some(Error::NotFound { .. })));
+    assert!(matches!(refused(&uri), Error::NotFound { .. }));
+    drop((one, other, lost));
+    // When it is there again it can be opened again.
+    target.restart();
+    let again = device(&uri);
+    let read = run(queue(&again).as_mut(), Request::read(0, buffer(&again, BLOCK, 0), 1));
+    read.result.unwrap();
+    assert!(read.bufs.into_one().unwrap().iter().all(|&byte| byte == 3));
+}
+
+#[test]
+fn a_queue_pair_is_dropped_while_its_target_is_away() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let directory = directory();
+    let mut target = Target::over_file(&directory.path().join("disk"), 64);
+    let device = device(&target.uri("reconnect=2s"));
+    let mut queue = queue(&device);
+    for tag in 0..64 {
+        queue.submit(Request::read(0, buffer(&device, BLOCK, 0), tag));
+    }
+    queue.kick();
+    target.kill();
+    let began = Instant::now();
+    drop(queue);
+    drop(device);
+    assert!(began.elapsed() < LIMIT);
+}
+
+#[test]
+fn commands_that_take_too_long() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let target = Target::start(&["--size", "64", "--delay", "3000000"]);
+    let device = device(&target.uri("timeout=400ms&reconnect=30s"));
+    let mut queue = queue(&device);
+    let began = Instant::now();
+    let answer = run(queue.as_mut(), Request::read(0, buffer(&device, BLOCK, 0), 1));
+    assert_eq!(kind(&answer), Err(IoErrorKind::TimedOut), "after {:.1?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_millis(2900), "{:.1?}", began.elapsed());
+    assert_eq!(answer.bufs.len(), BLOCK as u64, "the buffer comes back");
+    // The queue pair lives on.
+    let answer = run(queue.as_mut(), Request::read(0, buffer(&device, BLOCK, 0), 2));
+    assert_eq!(kind(&answer), Err(IoErrorKind::TimedOut));
+}
+
+#[test]
+fn a_target_that_freezes_and_comes_back_or_not() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let directory = directory();
+    let target = Target::over_file(&directory.path().join("disk"), 64);
+    let device = device(&target.uri("timeout=500ms&reconnect=8s"));
+    let mut queue = queue(&device);
+    run(queue.as_mut(), Request::write(0, buffer(&device, BLOCK, 5), 0)).result.unwrap();
+    target.freeze();
+    queue.submit(Request::read(0, buffer(&device, BLOCK, 0), 1));
+    let answer = collect(queue.as_mut(), 1).remove(0);
+    assert_eq!(kind(&answer), Err(IoErrorKind::TimedOut));
+    queue.submit(Request::read(0, buffer(&device, BLOCK, 0), 2));
+    queue.kick();
+    target.thaw();
+    let answer = collect(queue.as_mut(), 1).remove(0);
+    answer.result.unwrap();
+    assert!(answer.bufs.into_one().unwrap().iter().all(|&byte| byte == 5));
+    target.freeze();
+    queue.submit(Request::read(0, buffer(&device, BLOCK, 0), 3));
+    queue.submit(Request::flush(device.epoch(), 4));
+    let answers = collect(queue.as_mut(), 2);
+    assert!(answers.iter().all(|answer| answer.result.is_err()), "{answers:?}");
+    let answer = run(queue.as_mut(), Request::read(0, buffer(&device, BLOCK, 0), 5));
+    assert_eq!(kind(&answer), Err(IoErrorKind::Gone));
+    target.thaw();
+}
+
+#[test]
+fn what_is_no_target_is_a_typed_error() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let nobody = uri(free_port(), "");
+    assert!(matches!(refused(&nobody), Error::NotFound { .. }));
+    assert!(matches!(refused("spdk-nvme:tcp:no-such-host.invalid:4420/nqn.a"), Error::NotFound { .. }));
+    let impostor = |what: Impostor| refused(&uri(what.start(), ""));
+    assert!(matches!(impostor(Impostor::Closes), Error::NotADevice { .. }));
+    assert!(matches!(impostor(Impostor::Http), Error::NotADevice { .. }));
+    assert!(matches!(impostor(Impostor::Silent), Error::Unavailable { .. }));
+    assert!(matches!(impostor(Impostor::ClosesAfterInit), Error::NotADevice { .. }));
+    assert!(matches!(impostor(Impostor::NoiseAfterInit), Error::NotADevice { .. }));
+    assert!(matches!(impostor(Impostor::Refuses(1, 0x81)), Error::Busy { .. }));
+    assert!(matches!(impostor(Impostor::Refuses(1, 0x82)), Error::NotFound { .. }));
+    assert!(matches!(impostor(Impostor::Refuses(1, 0x84)), Error::NotPermitted { .. }));
+    assert!(matches!(impostor(Impostor::Refuses(0, 0x06)), Error::NotADevice { .. }));
+    // Those that SPDK itself gets to see.
+    assert!(matches!(impostor(Impostor::SilentAfterConnect), Error::NotADevice { .. }));
+    assert!(matches!(impostor(Impostor::NoiseAfterConnect), Error::NotADevice { .. }));
+    assert!(matches!(impostor(Impostor::YesMan), Error::NotADevice { .. }));
+}
+
+#[test]
+fn namespaces_that_are_not_there_or_of_no_use() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let directory = directory();
+    let (config, port) = (directory.path().join("config.json"), free_port());
+    let nqn = nvmf_support::NQN;
+    std::fs::write(
+        &config,
+        format!(
+            r#"{{"subsystems":[{{"subsystem":"bdev","config":[
+            {{"method":"bdev_malloc_create","params":{{"name":"A","num_blocks":8192,"block_size":512}}}},
+            {{"method":"bdev_null_create","params":
+                {{"name":"B","num_blocks":8192,"block_size":4104,"md_size":8,"dif_type":1}}}},
+            {{"method":"bdev_null_create","params":{{"name":"C","num_blocks":8192,"block_size":8192}}}}]}},
+            {{"subsystem":"nvmf","config":[
+            {{"method":"nvmf_create_transport","params":{{"trtype":"TCP"}}}},
+            {{"method":"nvmf_create_subsystem","params":{{"nqn":"{nqn}","allow_any_host":true}}}},
+            {{"method":"nvmf_subsystem_add_ns","params":{{"nqn":"{nqn}","namespace":{{"nsid":1,"bdev_name":"A"}}}}}},
+            {{"method":"nvmf_subsystem_add_ns","params":{{"nqn":"{nqn}","namespace":{{"nsid":3,"bdev_name":"B"}}}}}},
+            {{"method":"nvmf_subsystem_add_ns","params":{{"nqn":"{nqn}","namespace":{{"nsid":5,"bdev_name":"C"}}}}}},
+            {{"method":"nvmf_create_subsystem","params":{{"nqn":"{nqn}-private","allow_any_host":false}}}},
+            {{"method":"nvmf_subsystem_add_listener","params":{{"nqn":"{nqn}-private","listen_address":
+                {{"trtype":"TCP","adrfam":"IPv4","traddr":"127.0.0.1","trsvcid":"{port}"}}}}}},
+            {{"method":"nvmf_subsystem_add_listener","params":{{"nqn":"{nqn}","listen_address":
+                {{"trtype":"TCP","adrfam":"IPv4","traddr":"127.0.0.1","trsvcid":"{port}"}}}}}}]}}]}}"#
+        ),
+    )
+    .unwrap();
+    let target = Target::start_at(port, &["--config", config.to_str().unwrap()]);
+
+    // Which of them?
+    let several = refused(&target.uri(""));
+    assert!(matches!(&several, Error::NotADevice { why, .. } if why.contains("1, 3, 5")), "{several}");
+    let missing = refused(&target.uri("ns=2"));
+    assert!(matches!(&missing, Error::NotFound { why, .. } if why.contains("1, 3, 5")), "{missing}");
+    let metadata = refused(&target.uri("ns=3"));
+    assert!(matches!(&metadata, Error::NotADevice { why, .. } if why.contains("metadata")), "{metadata}");
+    let blocks = refused(&target.uri("ns=5"));
+    assert!(matches!(&blocks, Error::NotADevice { why, .. } if why.contains("8192 bytes")), "{blocks}");
+    // One opener of one namespace, in whatever words.
+    let first = device(&target.uri("ns=1"));
+    assert_eq!(first.geometry().block_size, 512);
+    assert!(matches!(refused(&target.uri("ns=1&depth=7")), Error::Busy { .. }));
+    drop(first);
+    drop(device(&target.uri("ns=1")));
+    // Of a subsystem that is not there, or does not want us.
+    let elsewhere = format!("spdk-nvme:tcp:127.0.0.1:{port}/nqn.2016-06.io.spdk:other");
+    assert!(matches!(refused(&elsewhere), Error::NotFound { .. }));
+    let private = format!("spdk-nvme:tcp:127.0.0.1:{port}/{nqn}-private?hostnqn=nqn.2014-08.org:me");
+    assert!(matches!(refused(&private), Error::NotPermitted { .. }));
+}
+
+#[test]
+fn digests_on_the_wire() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let target = Target::start(&["--size", "64"]);
+    let device = device(&target.uri("digest=on"));
+    let mut queue = queue(&device);
+    run(queue.as_mut(), Request::write(0, buffer(&device, 1 << 20, 6), 0)).result.unwrap();
+    let read = run(queue.as_mut(), Request::read(0, buffer(&device, 1 << 20, 0), 0));
+    read.result.unwrap();
+    assert!(read.bufs.into_one().unwrap().iter().all(|&byte| byte == 6));
+}
