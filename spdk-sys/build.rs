@@ -49,6 +49,7 @@ const FEATURES: &[(&str, &str, &str)] = &[
     ("GAUR_HAVE_INIT_H", "spdk/init.h", "spdk_subsystem_init("),
     ("GAUR_HAVE_RPC_SERVER", "spdk/rpc.h", "spdk_rpc_server_listen("),
     ("GAUR_HAVE_ENV_OPTS_SIZE", "spdk/env.h", "opts_size;"),
+    ("GAUR_HAVE_NO_HUGE", "spdk/env.h", "no_huge;"),
     ("GAUR_HAVE_WAIT_FOR_EXAMINE", "spdk/bdev.h", "spdk_bdev_wait_for_examine("),
     ("GAUR_HAVE_BDEV_OPTS_SIZE", "spdk/bdev.h", "spdk_bdev_get_opts(struct spdk_bdev_opts *opts, size_t"),
     ("GAUR_HAVE_AIO_STATUS", "spdk/bdev.h", "spdk_bdev_io_get_aio_status("),

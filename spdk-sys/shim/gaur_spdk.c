@@ -10,12 +10,16 @@
 #include "spdk/bdev_module.h"
 #include "spdk/bdev_zone.h"
 #include "spdk/env.h"
+#ifndef GAUR_HAVE_NO_HUGE
+#include "spdk/env_dpdk.h"
+#endif
 #include "spdk/json.h"
 #include "spdk/jsonrpc.h"
 #include "spdk/log.h"
 #include "spdk/nvme_spec.h"
 #include "spdk/rpc.h"
 #include "spdk/thread.h"
+#include "spdk/util.h"
 #include "spdk/version.h"
 
 #include <sched.h>
@@ -138,9 +142,80 @@ gaur_log_open(gaur_log_fn fn)
 	}
 }
 
+#ifndef GAUR_HAVE_NO_HUGE
+/* DPDK's, and not in a header of SPDK's. */
+int rte_eal_init(int argc, char **argv);
+extern __thread int per_lcore__rte_errno;
+
+/* Initialises DPDK without spdk_env_init(), which before 24.01 cannot
+ *  - do without huge pages: it always says --match-allocations, which DPDK refuses together with --no-huge;
+ *  - (20.07) say --no-telemetry beside --in-memory: it takes one option of ours. DPDK then makes a socket of one name for
+ *    all processes in /tmp, and initialisation fails where another user's process has made it, or left it there.
+ * Programs that initialise DPDK themselves have spdk_env_dpdk_post_init(). The options are the ones of spdk_env_init();
+ * the address is on a boundary of 2 MiB, which SPDK's memory map wants. */
+static int
+eal_init(const struct gaur_env_opts *opts)
+{
+	char name[64], cores[24], memory[24], prefix[40];
+	/* DPDK reorders the array; the strings are ours. */
+	char *argv[16];
+	int argc = 0, saved_optind = optind, rc;
+
+	snprintf(name, sizeof(name), "%s", opts->name);
+	snprintf(cores, sizeof(cores), "-l%" PRIu32, opts->core);
+	snprintf(memory, sizeof(memory), "-m%" PRId32, opts->mem_mib);
+	snprintf(prefix, sizeof(prefix), "--file-prefix=spdk_pid%d", getpid());
+	argv[argc++] = name;
+	argv[argc++] = cores;
+	argv[argc++] = prefix;
+	argv[argc++] = "--iova-mode=va";
+	argv[argc++] = "--no-telemetry";
+	argv[argc++] = "--base-virtaddr=0x200000000000";
+	argv[argc++] = "--log-level=lib.eal:6";
+	argv[argc++] = "--log-level=lib.cryptodev:5";
+	argv[argc++] = "--log-level=user1:6";
+	if (opts->no_huge) {
+		argv[argc++] = "--no-huge";
+		argv[argc++] = "--no-shconf";
+	} else {
+		argv[argc++] = "--in-memory";
+		argv[argc++] = "--match-allocations";
+	}
+	if (opts->mem_mib >= 0) {
+		argv[argc++] = memory;
+	}
+	if (opts->no_pci || opts->no_huge) {
+		argv[argc++] = "--no-pci";
+	}
+	argv[argc] = NULL;
+
+	optind = 1;
+	rc = rte_eal_init(argc, argv);
+	optind = saved_optind;
+	if (rc < 0) {
+		return per_lcore__rte_errno == 0 ? -EINVAL : -per_lcore__rte_errno;
+	}
+	return spdk_env_dpdk_post_init(opts->no_huge);
+}
+#endif
+
+static int
+env_init(const struct spdk_env_opts *env, const struct gaur_env_opts *opts)
+{
+#ifndef GAUR_HAVE_NO_HUGE
+	/* Root may remove any socket, and spdk_env_init() knows more about physical addresses. */
+	if (opts->no_huge || opts->iova_va) {
+		return eal_init(opts);
+	}
+#else
+	(void)opts; /* all of it is in env */
+#endif
+	return spdk_env_init(env);
+}
+
 /* Some versions greet the user on standard output when they start, which belongs to the program. */
 static int
-env_init_quietly(const struct spdk_env_opts *opts)
+env_init_quietly(const struct spdk_env_opts *env, const struct gaur_env_opts *opts)
 {
 #ifdef __GLIBC__
 	FILE *out = stdout;
@@ -149,14 +224,14 @@ env_init_quietly(const struct spdk_env_opts *opts)
 	if (g_dpdk_log != NULL) {
 		stdout = g_dpdk_log;
 	}
-	rc = spdk_env_init(opts);
+	rc = env_init(env, opts);
 	if (g_dpdk_log != NULL) {
 		fflush(g_dpdk_log);
 	}
 	stdout = out;
 	return rc;
 #else
-	return spdk_env_init(opts);
+	return env_init(env, opts);
 #endif
 }
 
@@ -171,6 +246,9 @@ gaur_env_init(const struct gaur_env_opts *opts)
 	char core_list[32];
 	int rc;
 
+	if (opts->no_huge && opts->mem_mib <= 0) {
+		return -EINVAL;
+	}
 	affinity = CPU_ALLOC(CPUS);
 	if (affinity == NULL) {
 		return -ENOMEM;
@@ -197,8 +275,17 @@ gaur_env_init(const struct gaur_env_opts *opts)
 	/* Huge pages without files in hugetlbfs: a killed process leaves nothing behind, and no mount is needed. (SPDK's
 	 * own unlink_hugepage would do as much, but DPDK 20.05 then cannot allocate a page again that was freed.) */
 	env.env_context = (void *)"--in-memory";
+	if (opts->no_huge) {
+		/* DPDK has no --in-memory of ordinary pages. */
+		env.env_context = NULL;
+		env.no_pci = true;
+		env.iova_mode = "va";
+#ifdef GAUR_HAVE_NO_HUGE
+		env.no_huge = true;
+#endif
+	}
 
-	rc = env_init_quietly(&env);
+	rc = env_init_quietly(&env, opts);
 
 	/* DPDK has pinned this thread to its core. */
 	if (sched_setaffinity(0, set_size, affinity) != 0 && rc == 0) {

@@ -28,7 +28,7 @@ struct spdk_io_channel;
 struct spdk_thread;
 
 /* Counts incompatible changes of this header. Rust compares it with what the compiled shim reports. */
-#define GAUR_SPDK_API 1
+#define GAUR_SPDK_API 2
 
 /* Length of the message buffers that the functions below fill, terminator included. */
 #define GAUR_SPDK_MESSAGE 512
@@ -70,6 +70,9 @@ struct gaur_env_opts {
 	bool no_pci;
 	/* Use virtual addresses for DMA (needs no root, and no NVMe over PCIe without an IOMMU). */
 	bool iova_va;
+	/* Ordinary memory instead of huge pages: mem_mib of it, all at once (so mem_mib must be positive). Devices cannot
+	 * do DMA to it in all versions, so PCI is left alone; NVMe/TCP, malloc, aio and uring bdevs work. */
+	bool no_huge;
 };
 
 /* Initialises DPDK and SPDK's thread library, once in a process. The calling thread keeps its CPU affinity (DPDK pins

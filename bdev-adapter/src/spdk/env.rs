@@ -123,6 +123,7 @@ fn initialise() -> Result<NonNull<spdk_thread>, String> {
         // Physical addresses can be had by root alone.
         // SAFETY: only reads the process's user id.
         iova_va: unsafe { libc::geteuid() } != 0,
+        no_huge: false,
     };
     // SAFETY: called once in the process (`STATE` is locked); `opts` and its name live over the call.
     let rc = unsafe { gaur_env_init(&opts) };
