@@ -26,6 +26,9 @@ gaur_nvme_attach(const struct gaur_nvme_opts *opts, struct spdk_nvme_ctrlr **out
 	spdk_nvme_ctrlr_get_default_ctrlr_opts(&ctrlr_opts, sizeof(ctrlr_opts));
 	ctrlr_opts.io_queue_size = opts->queue_entries;
 	ctrlr_opts.keep_alive_timeout_ms = opts->keep_alive_ms;
+	if (opts->init_timeout_ms != 0) {
+		ctrlr_opts.admin_timeout_ms = opts->init_timeout_ms;
+	}
 	ctrlr_opts.header_digest = opts->header_digest;
 	ctrlr_opts.data_digest = opts->data_digest;
 	/* Failed commands are answered with their status; who asked will say. */

@@ -30,6 +30,8 @@ struct gaur_nvme_opts {
 	uint32_t queue_entries;
 	/* Keep-alive timeout in milliseconds (fabrics). */
 	uint32_t keep_alive_ms;
+	/* How long the driver waits for each step when it (re)initialises the controller; 0 for SPDK's own choice. */
+	uint32_t init_timeout_ms;
 	/* CRC32C over the headers and the data of NVMe/TCP. */
 	bool header_digest;
 	bool data_digest;

@@ -61,8 +61,11 @@ pub(super) fn get(device: &str) -> Result<&'static Env, Error> {
         State::Failed(why) => return Err(environment_error(why)),
         State::Untried => {}
     }
-    memory::check(device)?;
-    match start() {
+    let ordinary = memory::ordinary(device)?;
+    if ordinary.is_none() {
+        memory::check(device)?;
+    }
+    match start(ordinary) {
         Ok(env) => {
             let env: &'static Env = Box::leak(Box::new(env));
             *state = State::Ready(env);
@@ -84,10 +87,10 @@ fn environment_error(why: &str) -> Error {
 }
 
 /// Starts the helper thread and waits until it has initialised everything.
-fn start() -> Result<Env, String> {
+fn start(ordinary: Option<i32>) -> Result<Env, String> {
     let (jobs, receiver) = mpsc::channel();
     let (ready, started) = mpsc::sync_channel(1);
-    let helper = move || match initialise() {
+    let helper = move || match initialise(ordinary) {
         Ok(thread) => {
             let _ = ready.send(Ok(()));
             Helper::new(thread, receiver).run();
@@ -107,7 +110,9 @@ fn start() -> Result<Env, String> {
 }
 
 /// Initialises DPDK and SPDK on the calling thread, which becomes the helper; its SPDK thread.
-fn initialise() -> Result<NonNull<spdk_thread>, String> {
+///
+/// `ordinary` is the size of ordinary memory to use instead of huge pages, in MiB.
+fn initialise(ordinary: Option<i32>) -> Result<NonNull<spdk_thread>, String> {
     // SAFETY: takes nothing and returns a constant.
     let api = unsafe { version::gaur_spdk_api() };
     if api != version::GAUR_SPDK_API {
@@ -118,27 +123,23 @@ fn initialise() -> Result<NonNull<spdk_thread>, String> {
     let opts = gaur_env_opts {
         name: c"gaur".as_ptr(),
         core: first_cpu(),
-        mem_mib: -1,
+        mem_mib: ordinary.unwrap_or(-1),
         no_pci: false,
         // Physical addresses can be had by root alone.
         // SAFETY: only reads the process's user id.
         iova_va: unsafe { libc::geteuid() } != 0,
-        no_huge: false,
+        no_huge: ordinary.is_some(),
     };
     // SAFETY: called once in the process (`STATE` is locked); `opts` and its name live over the call.
     let rc = unsafe { gaur_env_init(&opts) };
     if rc != 0 {
         let said = take_last_error().map(|said| format!(" ({said})")).unwrap_or_default();
-        return Err(format!(
-            "{}{said}; {} MiB of huge pages are free, {}",
-            std::io::Error::from_raw_os_error(-rc),
-            memory::free_mib(),
-            memory::MEND
-        ));
+        return Err(format!("{}{said}; {}", std::io::Error::from_raw_os_error(-rc), memory::state()));
     }
     // SAFETY: the thread library is initialised; the name is copied.
     let thread = unsafe { spdk_thread_create(c"gaur-app".as_ptr(), ptr::null_mut()) };
-    let thread = NonNull::new(thread).ok_or_else(|| format!("no memory for a thread; {}", memory::MEND))?;
+    let thread =
+        NonNull::new(thread).ok_or_else(|| format!("no memory for a thread; {}", memory::state()))?;
     // SAFETY: `thread` was just created, and only this OS thread ever enters it.
     unsafe { spdk_set_thread(thread.as_ptr()) };
     rpc::set_runtime(false);
@@ -162,6 +163,9 @@ pub(super) fn take_last_error() -> Option<String> {
     LAST_ERROR.lock().take()
 }
 
+/// The last message, and how often it came again.
+static REPEATED: Mutex<(String, u64)> = Mutex::new((String::new(), 0));
+
 /// SPDK's log goes to the program's logger, target `spdk`.
 unsafe extern "C" fn log_line(level: c_int, file: *const c_char, line: c_int, text: *const c_char) {
     // SAFETY: the shim passes terminated strings that live over the call.
@@ -180,6 +184,17 @@ unsafe extern "C" fn log_line(level: c_int, file: *const c_char, line: c_int, te
         GAUR_LOG_INFO => log::Level::Debug,
         _ => log::Level::Trace,
     };
+    // Some of its loops say the same for seconds.
+    let mut repeated = REPEATED.lock();
+    if repeated.0 == text {
+        repeated.1 += 1;
+        return;
+    }
+    if repeated.1 > 0 {
+        log::log!(target: "spdk", level, "(the last message was repeated {} times)", repeated.1);
+    }
+    *repeated = (text.clone().into_owned(), 0);
+    drop(repeated);
     log::log!(target: "spdk", level, "{text} ({file}:{line})");
 }
 

@@ -367,7 +367,7 @@ fn explain(mut message: String) -> String {
         message = format!("{message} ({said})");
     }
     if message.to_ascii_lowercase().contains("memory") {
-        message = format!("{message}; {} MiB of huge pages are free, {}", memory::free_mib(), memory::MEND);
+        message = format!("{message}; {}", memory::state());
     }
     message
 }

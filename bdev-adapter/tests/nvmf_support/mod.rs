@@ -15,6 +15,7 @@ pub(crate) mod proxy;
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
@@ -27,6 +28,7 @@ const START: Duration = Duration::from_secs(40);
 
 /// Whether SPDK runs here.
 pub(crate) fn available() -> bool {
+    log_to_stdout();
     match spdk::bdev_names() {
         Ok(_) => true,
         Err(Error::Unavailable { why, .. }) if std::env::var_os("GAUR_REQUIRE_SPDK").is_none() => {
@@ -73,13 +75,17 @@ impl Target {
     pub(crate) fn restart(&mut self) {
         assert!(self.child.is_none());
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/nvmf.sh");
-        let mut child = Command::new(script)
-            .arg("run")
-            .args(&self.arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(script);
+        command.arg("run").args(&self.arguments).stdin(Stdio::null()).stdout(Stdio::piped());
+        // SAFETY: between fork and exec only one system call is made.
+        unsafe {
+            command.pre_exec(|| {
+                // A test that is aborted takes its target along.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        let mut child = command.spawn().unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
         self.child = Some(child);
         let (listening, heard) = mpsc::channel();
@@ -142,4 +148,26 @@ pub(crate) fn uri(port: u16, options: &str) -> String {
 pub(crate) fn directory() -> tempfile::TempDir {
     let beside: PathBuf = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     tempfile::tempdir_in(beside).unwrap()
+}
+
+/// Prints what the adapter and SPDK log.
+pub(crate) fn log_to_stdout() {
+    struct Print;
+
+    impl log::Log for Print {
+        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+            true
+        }
+
+        fn log(&self, record: &log::Record<'_>) {
+            println!("{} {}: {}", record.level(), record.target(), record.args());
+        }
+
+        fn flush(&self) {}
+    }
+
+    // Another test of the program may have been first.
+    if log::set_logger(&Print).is_ok() {
+        log::set_max_level(log::LevelFilter::Info);
+    }
 }

@@ -45,7 +45,7 @@ unsafe impl Send for BdevDriver {}
 pub(super) fn open(device: Arc<SpdkBdev>) -> Result<Engine<BdevDriver>, Error> {
     let no_memory = |what: &str| Error::Spdk {
         what: format!("cannot open a queue pair of '{}'", device.name()),
-        why: format!("no {what}; {} MiB of huge pages are free, {}", memory::free_mib(), memory::MEND),
+        why: format!("no {what}; {}", memory::state()),
     };
     if device.is_gone() {
         let why = "the bdev was removed".to_owned();

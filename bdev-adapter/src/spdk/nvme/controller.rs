@@ -312,9 +312,8 @@ impl Controller {
         let failed = |why: String| Error::Spdk {
             what: format!("cannot open a queue pair of '{device}'"),
             why: format!(
-                "{why}; the controller has no more of them, or {} MiB of huge pages are not enough ({})",
-                memory::free_mib(),
-                memory::MEND
+                "{why}; the controller has no more of them, or SPDK has no memory for it ({})",
+                memory::state()
             ),
         };
         match opened {

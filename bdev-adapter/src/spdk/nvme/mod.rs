@@ -31,12 +31,11 @@
 
 mod controller;
 mod device;
+mod diagnose;
 mod driver;
 mod exclusive;
 mod preflight;
 mod seat;
-#[cfg(test)]
-mod tests;
 mod watchdog;
 mod worker;
 

@@ -24,8 +24,9 @@ use spdk_sys::nvme::{
 };
 
 use super::controller::{Job, Jobs, Namespace, Shared};
+use super::diagnose;
 use super::preflight::{self, Endpoint};
-use super::seat::Inner;
+use super::seat::{Inner, Seat};
 use super::watchdog::{self, Watchdog};
 use crate::Error;
 use crate::spdk::env::take_last_error;
@@ -37,6 +38,9 @@ const TICK: Duration = Duration::from_millis(10);
 const ROUND: Duration = Duration::from_millis(250);
 /// The controller ends the association of a host from which it hears nothing for so long.
 const KEEP_ALIVE_MS: u32 = 10_000;
+/// How long a step of a reset may take over a network. In 20.07 a reset whose connection breaks asks for registers in a loop
+/// until then.
+const INIT_TIMEOUT_MS: u32 = 4_000;
 /// How long a call of SPDK's may wait for a target on the network before its sockets are shut down.
 const CALL_PATIENCE: Duration = Duration::from_secs(10);
 /// After an attempt to reset, the next waits so long; twice as long after each.
@@ -86,6 +90,7 @@ fn attach(shared: &Arc<Shared>) -> Result<(Worker, gaur_nvme_ctrlr_info), Error>
         host_nqn: host_nqn.as_ref().map_or(std::ptr::null(), |nqn| nqn.as_ptr()),
         queue_entries: options.depth.saturating_add(1),
         keep_alive_ms: KEEP_ALIVE_MS,
+        init_timeout_ms: if endpoint.is_some() { INIT_TIMEOUT_MS } else { 0 },
         header_digest: options.digest,
         data_digest: options.digest,
     };
@@ -151,11 +156,12 @@ fn transport_id(address: &NvmeAddress, endpoint: Option<&Endpoint>) -> String {
 fn not_attached(address: &NvmeAddress, device: String, said: &str) -> Error {
     match address {
         NvmeAddress::Pcie(pci) => {
-            let why = format!(
-                "SPDK cannot attach the controller at {pci}{said}; it must exist, be an NVMe controller, and be bound to \
-                 vfio-pci or uio_pci_generic (SPDK's scripts/setup.sh does that)"
-            );
-            Error::NotFound { device, why }
+            let why = diagnose::pcie(pci).unwrap_or_else(|| {
+                format!(
+                    "SPDK cannot attach the controller at {pci}, and nothing seems to be in the way of it"
+                )
+            });
+            Error::NotFound { device, why: format!("{why}{said}") }
         }
         NvmeAddress::Fabric { .. } => {
             let why = format!("the target answers, but SPDK cannot attach its controller{said}");
@@ -202,16 +208,10 @@ impl Worker {
         // Whoever asked may have gone; then nobody hears the answer.
         match job {
             Job::Open { seat, reply } => {
-                self.reap();
-                let opened = if self.broken {
-                    Err("the controller is gone".to_owned())
-                } else {
-                    let result = self.connect(&mut seat.take());
-                    if result.is_ok() {
-                        self.shared.seats.lock().push(seat);
-                    }
-                    result
-                };
+                let opened = self.open(&seat);
+                if opened.is_ok() {
+                    self.shared.seats.lock().push(seat);
+                }
                 let _ = reply.send(opened);
             }
             Job::Describe { nsid, reply } => {
@@ -223,6 +223,31 @@ impl Worker {
             Job::Watch(namespace) => self.namespaces.push(namespace),
             Job::Reap | Job::Lost | Job::Stop { .. } => self.reap(),
         }
+    }
+
+    /// Connects a new seat; over a reset, if the controller was just lost.
+    fn open(&mut self, seat: &Seat) -> Result<(), String> {
+        self.reap();
+        let began = Instant::now();
+        while !self.broken {
+            let result = self.connect(&mut seat.take());
+            let enough = began.elapsed() >= self.shared.options.reconnect;
+            if result.is_ok() || enough || !self.is_lost() {
+                return result;
+            }
+            self.recover("a queue pair could not be connected");
+        }
+        Err("the controller is gone".to_owned())
+    }
+
+    /// Whether it is the controller's fault that a queue pair could not be connected.
+    fn is_lost(&self) -> bool {
+        let Some(endpoint) = &self.endpoint else { return false };
+        // SAFETY: the controller is attached, and this thread the only one to use it.
+        let rc = unsafe { spdk_nvme_ctrlr_process_admin_completions(self.ctrlr.as_ptr()) };
+        rc < 0
+            || self.shared.take_loss()
+            || preflight::check(endpoint, &self.shared.options, &self.shared.name).is_err()
     }
 
     /// What is to be done every now and then.
