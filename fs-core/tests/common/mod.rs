@@ -7,7 +7,7 @@
 //! | `GAUR_SEED` | the seed of every randomised test | random, printed |
 //! | `GAUR_OPS` | operations of a randomised test, all its scenarios together | the short form |
 //! | `GAUR_CRASHES` | crash states of `crash.rs`, all workloads together | the short form |
-//! | `GAUR_DEVICE` | `mem:`, or `file:PATH[?options]`: each test makes a file `PATH.N` of the size it needs | `mem:` |
+//! | `GAUR_DEVICE` | `mem:`; or `file:PATH[?options]`: each test makes a file `PATH.N` of the size it needs; or any other device URI: the beginning of that device is used (and erased), by one test at a time (`--test-threads 1`) | `mem:` |
 //! | `GAUR_TRACE` | set: the model prints every operation before it is done | |
 //! | `GAUR_TIME_LIMIT` | seconds after which a watchdog aborts a test | per test, longer for long forms |
 
@@ -19,6 +19,7 @@ pub(crate) mod generate;
 pub(crate) mod op;
 pub(crate) mod reference;
 pub(crate) mod slow;
+pub(crate) mod window;
 
 use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
@@ -115,10 +116,13 @@ impl TestDevice {
                 let and = if options.is_empty() { "" } else { "&" };
                 (format!("file:{path}?size={bytes}{and}{options}"), Some(PathBuf::from(path)))
             }
-            _ => panic!("GAUR_DEVICE={wanted}: these tests run on mem: and file:PATH"),
+            _ => (wanted.clone(), None),
         };
         let options = OpenOptions::default().create(true);
-        let device = bdev_adapter::open(&uri, &options).unwrap_or_else(|error| panic!("{error}"));
+        let mut device = bdev_adapter::open(&uri, &options).unwrap_or_else(|error| panic!("{error}"));
+        if device.geometry().capacity != bytes {
+            device = window::Window::over(device, bytes);
+        }
         TestDevice { device, file }
     }
 
