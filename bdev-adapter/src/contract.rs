@@ -475,6 +475,28 @@ pub enum Error {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// A request to the device, needed to open or to manage it, failed.
+    #[error("{what} '{device}': {source}")]
+    Io {
+        /// What was attempted ("cannot read", ...).
+        what: &'static str,
+        /// The device.
+        device: String,
+        /// The device's answer.
+        source: Box<IoError>,
+    },
+    /// The device is larger than what was asked of it can take.
+    #[error("'{device}' has {bytes} bytes, more than the limit of {limit}: {why}")]
+    TooLarge {
+        /// The device.
+        device: String,
+        /// Its capacity.
+        bytes: u64,
+        /// The limit in bytes.
+        limit: u64,
+        /// What the limit is for, and how to change it.
+        why: String,
+    },
     /// SPDK refused.
     #[error("SPDK: {what}: {why}")]
     Spdk {

@@ -40,4 +40,4 @@ pub use contract::{
     MAX_REQUEST, Priority, QueuePair, Request,
 };
 pub use dma::{DmaBuf, DmaSource, RawDma, Segments};
-pub use open::{OpenOptions, open};
+pub use open::{Handle, OpenOptions, Stack, open, open_stack};

@@ -2,7 +2,11 @@
 //!
 //! ```text
 //! uri     = { wrapper "/" } backend
-//! wrapper = "fault" ":" [ key "=" value { "," key "=" value } ]
+//! wrapper = "fault"     ":" [ keys ]                    keys of [`FaultPlan`](crate::wrap::fault::plan)
+//!         | "latency"   ":" [ keys ]                    keys of [`LatencyPlan`](crate::wrap::latency::plan)
+//!         | "count"     ":"
+//!         | "record"    ":" [ keys ]                    keys: limit
+//! keys    = key "=" value { "," key "=" value }
 //! backend = "mem"       ":" SIZE [ "?" options ]       options: block
 //!         | "file"      ":" PATH [ "?" options ]       options: size, block, direct, depth
 //!         | "spdk-bdev" ":" NAME [ "?" options ]       options: config
@@ -25,10 +29,14 @@
 //! | `spdk-nvme:tcp:127.0.0.1:4420/nqn.2016-06.io.spdk:disk?ns=1` | a namespace of an NVMe/TCP target |
 //! | `fault:seed=7,read_error=1e-4/mem:1GiB` | memory of which one read in ten thousand fails |
 //! | `fault:write_error_nth=3/fault:gone_after=100/file:disk.img` | two wrappers; requests enter at the left |
+//! | `latency:read=lognormal(80us,0.3),write=15us/mem:1GiB` | memory that takes its time |
+//! | `count:/latency:read=20us/fault:seed=7,bit_rot=1e-4/mem:64MiB` | any wrappers, in any order |
+//! | `record:limit=64MiB/mem:64MiB` | a recording from which crash states are built; see [`open_stack`](crate::open_stack) |
 //!
 //! Sizes are bytes with an optional unit: `KiB`, `MiB`, `GiB`, `TiB`, or short `K`, `M`, `G`, `T` (binary as well).
 //! Paths, bdev names and option values are percent-decoded; `?`, `&` and `%` in them must be encoded (`%3F`, `%26`,
-//! `%25`). Wrapper arguments contain no `/`. The keys of `fault` are those of [`FaultPlan`].
+//! `%25`). Wrapper arguments contain no `/`; commas in parentheses belong to the value. Times are whole numbers with a unit:
+//! `ns`, `us`, `ms`, `s`.
 //!
 //! Parsing is strict: an unknown key, a key given twice, a size that is no multiple of the block size are all
 //! [`Error::BadUri`] with what would be right. Parsing touches no device.
@@ -36,9 +44,12 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::Error;
 use crate::wrap::fault::FaultPlan;
+use crate::wrap::latency::LatencyPlan;
+use crate::wrap::recorder::RecordOptions;
 
 mod nvme;
 
@@ -120,6 +131,12 @@ pub enum Direct {
 pub enum Wrapper {
     /// `fault:`
     Fault(FaultPlan),
+    /// `latency:`
+    Latency(LatencyPlan),
+    /// `count:`
+    Count,
+    /// `record:`
+    Record(RecordOptions),
 }
 
 /// Why a piece of a URI is wrong; becomes the `why` of [`Error::BadUri`].
@@ -175,29 +192,44 @@ fn parse(text: &str) -> Parsed<DeviceUri> {
                 "wrapper '{scheme}' has no device behind it; write {scheme}:{body}/mem:1GiB"
             ));
         };
-        wrappers.push(WrapperAt { at, wrapper: parse_wrapper(scheme, &pairs(arguments, ',')?)? });
+        wrappers.push(WrapperAt { at, wrapper: parse_wrapper(scheme, &arguments_of(arguments)?)? });
         at += scheme.len() + 1 + arguments.len() + 1;
     }
 }
 
 /// Schemes of wrappers; every other scheme is a backend.
-const WRAPPERS: [&str; 1] = ["fault"];
+const WRAPPERS: [&str; 4] = ["fault", "latency", "count", "record"];
 
 fn parse_wrapper(scheme: &str, arguments: &[(&str, &str)]) -> Parsed<Wrapper> {
     match scheme {
-        "fault" => {
-            let mut plan = FaultPlan::default();
-            for (key, value) in arguments {
-                plan.set(key, value)?;
-            }
-            Ok(Wrapper::Fault(plan))
-        }
+        "fault" => FaultPlan::parse(arguments).map(Wrapper::Fault),
+        "latency" => LatencyPlan::parse(arguments).map(Wrapper::Latency),
+        "count" if arguments.is_empty() => Ok(Wrapper::Count),
+        "count" => Err("count takes no arguments; write count:/mem:1GiB".to_owned()),
+        "record" => RecordOptions::parse(arguments).map(Wrapper::Record),
         _ => Err(format!("unknown wrapper '{scheme}'")),
     }
 }
 
 const EXAMPLES: &str = "write mem:1GiB, file:PATH?size=1GiB, spdk-bdev:Malloc0?config=PATH or \
                         spdk-nvme:pcie:0000:00:04.0";
+
+/// Splits the arguments of a wrapper at the commas that are not in parentheses.
+fn arguments_of(text: &str) -> Parsed<Vec<(&str, &str)>> {
+    if text.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut depth = 0i64;
+    let outside = |c: char| {
+        depth += match c {
+            '(' => 1,
+            ')' => -1,
+            _ => 0,
+        };
+        c == ',' && depth <= 0
+    };
+    text.split(outside).map(pair).collect()
+}
 
 fn parse_backend(scheme: &str, body: &str) -> Parsed<Backend> {
     let (what, options) = match body.split_once('?') {
@@ -287,13 +319,14 @@ fn pairs(text: &str, separator: char) -> Parsed<Vec<(&str, &str)>> {
     if text.is_empty() {
         return Ok(Vec::new());
     }
-    let pair = |pair: &str| match pair.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.len(), value.len())),
-        _ => Err(format!("'{pair}' is not of the form key=value")),
-    };
-    text.split(separator)
-        .map(|part| pair(part).map(|(key, value)| (&part[..key], &part[part.len() - value..])))
-        .collect()
+    text.split(separator).map(pair).collect()
+}
+
+fn pair(text: &str) -> Parsed<(&str, &str)> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key, value)),
+        _ => Err(format!("'{text}' is not of the form key=value")),
+    }
 }
 
 fn no_key_twice(options: &[(&str, &str)]) -> Parsed<()> {
@@ -349,6 +382,23 @@ fn parse_depth(text: &str) -> Parsed<u32> {
         Ok(depth @ 1..=4096) => Ok(depth),
         _ => Err(format!("'{text}' is not a queue depth; write depth=128 (1 to 4096)")),
     }
+}
+
+/// Parses a time: a whole number of `ns`, `us`, `ms` or `s`, up to a day.
+pub(crate) fn parse_duration(text: &str) -> Parsed<Duration> {
+    let wrong = || format!("'{text}' is not a time up to a day; write a whole number of ns, us, ms or s");
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let nanoseconds = match unit {
+        "ns" => 1,
+        "us" => 1_000,
+        "ms" => 1_000_000,
+        "s" => 1_000_000_000,
+        _ => return Err(wrong()),
+    };
+    let time = number.parse::<u64>().ok().and_then(|number| number.checked_mul(nanoseconds));
+    let time = time.map(Duration::from_nanos).filter(|time| *time <= Duration::from_secs(86_400));
+    time.ok_or_else(wrong)
 }
 
 /// Parses a range of bytes, `1MiB-2MiB`, end excluded.

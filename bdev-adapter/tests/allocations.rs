@@ -8,7 +8,6 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bdev_adapter::wrap::counters::CountingDevice;
 use bdev_adapter::{Completion, Device, DmaBuf, Hints, OpenOptions, QueuePair, Request, Segments, open};
 
 struct Counting;
@@ -103,12 +102,18 @@ fn memory() {
 
 #[test]
 fn counters() {
-    check(CountingDevice::wrap(open("mem:16MiB", &OpenOptions::default()).unwrap()));
+    check(open("count:/mem:16MiB", &OpenOptions::default()).unwrap());
 }
 
 #[test]
 fn fault_without_faults() {
     check(open("fault:/mem:16MiB", &OpenOptions::default()).unwrap());
+}
+
+#[test]
+fn latency() {
+    let uri = "latency:read=5us,write=1us,jitter=1us,channels=4/mem:16MiB";
+    check(open(uri, &OpenOptions::default()).unwrap());
 }
 
 #[test]

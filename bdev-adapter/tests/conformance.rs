@@ -5,12 +5,7 @@
 
 mod suite;
 
-use std::sync::Arc;
-
-use bdev_adapter::wrap::counters::CountingDevice;
-use bdev_adapter::wrap::fault::{FaultDevice, FaultPlan};
-use bdev_adapter::wrap::recorder::Recorder;
-use bdev_adapter::{Device, OpenOptions, open};
+use bdev_adapter::{OpenOptions, open};
 use suite::Target;
 
 /// Memory, one device per open.
@@ -21,18 +16,20 @@ fn memory(uri: &'static str) -> Target {
 
 /// A file in a temporary directory under `TMPDIR`, removed at the end.
 fn file(options: &'static str) -> Target {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("disk.img");
-    let uri = format!("file:{}?size=64MiB&{options}", path.to_str().unwrap());
-    let open = move |options: &OpenOptions| open(&uri, options);
-    Target { open: Box::new(open), persistent: true, foreign_buffers: true, keep: Box::new(dir) }
+    wrapped_uri("", file_uri(options))
 }
 
-/// `target` behind a wrapper.
-fn wrapped(target: Target, wrap: fn(Arc<dyn Device>) -> Arc<dyn Device>) -> Target {
-    let Target { open, persistent, foreign_buffers, keep } = target;
-    let open = move |options: &OpenOptions| Ok(wrap(open(options)?));
-    Target { open: Box::new(open), persistent, foreign_buffers, keep }
+fn file_uri(options: &str) -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let uri = format!("file:{}?size=64MiB&{options}", dir.path().join("disk.img").to_str().unwrap());
+    (dir, uri)
+}
+
+/// A file behind `wrappers`, by URI.
+fn wrapped_uri(wrappers: &str, (dir, uri): (tempfile::TempDir, String)) -> Target {
+    let uri = if wrappers.is_empty() { uri } else { format!("{wrappers}/{uri}") };
+    let open = move |options: &OpenOptions| open(&uri, options);
+    Target { open: Box::new(open), persistent: true, foreign_buffers: true, keep: Box::new(dir) }
 }
 
 conformance!(mem, || crate::memory("mem:64MiB"));
@@ -41,20 +38,30 @@ conformance!(file_direct, || crate::file("direct=auto"));
 conformance!(file_buffered, || crate::file("direct=off&block=512"));
 conformance!(file_shallow, || crate::file("block=4096&depth=3"));
 conformance!(fault_without_faults, || crate::memory("fault:seed=7/mem:64MiB"));
-conformance!(fault_around_file, || {
-    crate::wrapped(crate::file("block=512"), |device| {
-        crate::FaultDevice::wrap(device, crate::FaultPlan::default())
-    })
+conformance!(fault_around_file, || crate::wrapped_uri("fault:", crate::file_uri("block=512")));
+// Every wrapper, alone and in stacks, in whatever order: nothing goes wrong that was not asked for. Wrappers that follow
+// old content or take their time have paths of their own for that.
+conformance!(count, || crate::memory("count:/mem:64MiB"));
+conformance!(record, || crate::memory("record:/mem:64MiB"));
+conformance!(latency_without_times, || crate::memory("latency:/mem:64MiB?block=512"));
+conformance!(latency, || crate::memory(
+    "latency:read=lognormal(5us,0.5),write=3us,flush=20us,unmap=1us,fua=5us,jitter=2us,channels=16/mem:64MiB"
+));
+conformance!(fault_with_a_volatile_cache, || crate::memory("fault:volatile=on/mem:64MiB?block=512"));
+conformance!(fault_with_a_volatile_cache_around_file, || {
+    crate::wrapped_uri("fault:volatile=on", crate::file_uri("block=4096&depth=3"))
 });
-conformance!(counters, || crate::wrapped(crate::memory("mem:64MiB"), |device| crate::CountingDevice::wrap(
-    device
-)));
-conformance!(recorder, || {
-    crate::wrapped(crate::memory("mem:64MiB"), |device| {
-        let geometry = device.geometry();
-        let base = bdev_adapter::image::Image::new(geometry.capacity, geometry.block_size);
-        crate::Recorder::with_base(device, base)
-    })
+conformance!(slow_fault, || crate::memory("fault:slow=0.01:50us/mem:64MiB"));
+conformance!(record_around_file, || crate::wrapped_uri("record:", crate::file_uri("direct=auto")));
+conformance!(count_latency_fault, || crate::memory("count:/latency:read=2us/fault:seed=7/mem:64MiB"));
+conformance!(fault_latency_record, || crate::memory(
+    "fault:volatile=on/latency:write=2us,jitter=1us/record:/mem:64MiB"
+));
+conformance!(record_fault_count_file, || {
+    crate::wrapped_uri("record:/fault:seed=1/count:", crate::file_uri("block=512"))
+});
+conformance!(latency_twice_around_file, || {
+    crate::wrapped_uri("latency:read=2us/latency:write=2us,channels=8", crate::file_uri("direct=off"))
 });
 
 /// Every case on one block device, one after another, as for any backend that has only one medium.

@@ -1,8 +1,8 @@
-//! Counts operations and bytes by kind.
+//! Counts operations and bytes by kind, and flushes by what they are for.
 //!
-//! Every queue pair counts in cells of its own, with plain loads and stores: nothing shared is written per I/O. A
-//! reader sums them up ([`CountingDevice::counts`]); sums taken while I/O runs may be a few operations apart between
-//! kinds.
+//! Every queue pair counts in cells of its own, with plain loads and stores: nothing shared is written per I/O, but for
+//! flushes, which are rare and look at what all queue pairs wrote. A reader sums the cells up
+//! ([`CountingDevice::counts`]); sums taken while I/O runs may be a few operations apart between kinds.
 
 use std::fmt;
 use std::ops::Sub;
@@ -31,11 +31,14 @@ pub struct Counts {
     pub reads: OpCount,
     /// Writes, those with FUA included.
     pub writes: OpCount,
-    /// Writes with FUA.
-    pub fua_writes: u64,
+    /// Writes and write-zeroes with FUA; they are counted among those as well.
+    pub fua: OpCount,
     /// Flushes.
     pub flushes: u64,
-    /// Write-zeroes.
+    /// Those of the flushes that had nothing to make durable: since the flush before, nothing was submitted that changes
+    /// the device, FUA writes aside.
+    pub idle_flushes: u64,
+    /// Write-zeroes, those with FUA included.
     pub zeroes: OpCount,
     /// Unmaps.
     pub unmaps: OpCount,
@@ -50,8 +53,10 @@ enum Cell {
     ReadBytes,
     WriteOps,
     WriteBytes,
-    FuaWrites,
+    FuaOps,
+    FuaBytes,
     Flushes,
+    IdleFlushes,
     ZeroOps,
     ZeroBytes,
     UnmapOps,
@@ -89,8 +94,9 @@ impl Counts {
         Counts {
             reads: pair(Cell::ReadOps, Cell::ReadBytes),
             writes: pair(Cell::WriteOps, Cell::WriteBytes),
-            fua_writes: get(Cell::FuaWrites),
+            fua: pair(Cell::FuaOps, Cell::FuaBytes),
             flushes: get(Cell::Flushes),
+            idle_flushes: get(Cell::IdleFlushes),
             zeroes: pair(Cell::ZeroOps, Cell::ZeroBytes),
             unmaps: pair(Cell::UnmapOps, Cell::UnmapBytes),
             errors: get(Cell::Errors),
@@ -114,8 +120,9 @@ impl Sub for Counts {
         Counts {
             reads: self.reads - before.reads,
             writes: self.writes - before.writes,
-            fua_writes: self.fua_writes.wrapping_sub(before.fua_writes),
+            fua: self.fua - before.fua,
             flushes: self.flushes.wrapping_sub(before.flushes),
+            idle_flushes: self.idle_flushes.wrapping_sub(before.idle_flushes),
             zeroes: self.zeroes - before.zeroes,
             unmaps: self.unmaps - before.unmaps,
             errors: self.errors.wrapping_sub(before.errors),
@@ -125,6 +132,7 @@ impl Sub for Counts {
 
 /// A device that counts what goes through it. All functions may be called from any thread.
 pub struct CountingDevice {
+    name: String,
     inner: Arc<dyn Device>,
     ledger: Mutex<Ledger>,
 }
@@ -134,34 +142,55 @@ struct Ledger {
     live: Vec<Arc<Cells>>,
     /// The sum of the queue pairs that are closed.
     closed: [u64; CELLS],
+    /// Changes, FUA writes aside, that had been submitted at the last flush.
+    flushed: u64,
+}
+
+impl Ledger {
+    fn totals(&self) -> [u64; CELLS] {
+        let mut totals = self.closed;
+        for cells in &self.live {
+            cells.sum_into(&mut totals);
+        }
+        totals
+    }
 }
 
 impl fmt::Debug for CountingDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CountingDevice").field("inner", &self.inner).finish_non_exhaustive()
+        f.debug_struct("CountingDevice").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
 impl CountingDevice {
     /// Counts what goes through the returned device to `inner`.
     pub fn wrap(inner: Arc<dyn Device>) -> Arc<CountingDevice> {
-        Arc::new(CountingDevice { inner, ledger: Mutex::default() })
+        CountingDevice::wrap_named(&inner.name().to_owned(), inner)
+    }
+
+    pub(crate) fn wrap_named(name: &str, inner: Arc<dyn Device>) -> Arc<CountingDevice> {
+        Arc::new(CountingDevice { name: name.to_owned(), inner, ledger: Mutex::default() })
     }
 
     /// Everything so far, of open and closed queue pairs.
     pub fn counts(&self) -> Counts {
-        let ledger = self.ledger.lock();
-        let mut totals = ledger.closed;
-        for cells in &ledger.live {
-            cells.sum_into(&mut totals);
-        }
-        Counts::from_cells(&totals)
+        Counts::from_cells(&self.ledger.lock().totals())
+    }
+
+    /// A flush is submitted: whether there is nothing that it could make durable.
+    fn flush_is_idle(&self) -> bool {
+        let ledger = &mut *self.ledger.lock();
+        let totals = ledger.totals();
+        let get = |cell: Cell| totals[cell as usize];
+        let changes = get(Cell::WriteOps).wrapping_add(get(Cell::ZeroOps)).wrapping_add(get(Cell::UnmapOps));
+        let changes = changes.wrapping_sub(get(Cell::FuaOps));
+        std::mem::replace(&mut ledger.flushed, changes) == changes
     }
 }
 
 impl Device for CountingDevice {
     fn name(&self) -> &str {
-        self.inner.name()
+        &self.name
     }
 
     fn geometry(&self) -> &Geometry {
@@ -202,6 +231,10 @@ impl CountingQueuePair {
     fn count(&self, ops: Cell, bytes: Cell, request: &Request) {
         self.cells.add(ops, 1);
         self.cells.add(bytes, request.len);
+        if request.hints.fua && matches!(request.kind, Kind::Write | Kind::WriteZeroes) {
+            self.cells.add(Cell::FuaOps, 1);
+            self.cells.add(Cell::FuaBytes, request.len);
+        }
     }
 }
 
@@ -209,11 +242,11 @@ impl QueuePair for CountingQueuePair {
     fn submit(&mut self, request: Request) {
         match request.kind {
             Kind::Read => self.count(Cell::ReadOps, Cell::ReadBytes, &request),
-            Kind::Write => {
-                self.count(Cell::WriteOps, Cell::WriteBytes, &request);
-                self.cells.add(Cell::FuaWrites, u64::from(request.hints.fua));
+            Kind::Write => self.count(Cell::WriteOps, Cell::WriteBytes, &request),
+            Kind::Flush { .. } => {
+                self.cells.add(Cell::Flushes, 1);
+                self.cells.add(Cell::IdleFlushes, u64::from(self.device.flush_is_idle()));
             }
-            Kind::Flush { .. } => self.cells.add(Cell::Flushes, 1),
             Kind::WriteZeroes => self.count(Cell::ZeroOps, Cell::ZeroBytes, &request),
             Kind::Unmap => self.count(Cell::UnmapOps, Cell::UnmapBytes, &request),
         }
@@ -275,16 +308,41 @@ mod tests {
         second.read(1 << 20, &mut [0; 4096]).unwrap_err();
         let count = |ops, bytes| OpCount { ops, bytes };
         assert_eq!(before.writes, count(2, 12288));
-        assert_eq!(before.fua_writes, 1);
+        assert_eq!(before.fua, count(1, 4096));
         let after = counting.counts() - before;
         let expected = Counts {
             reads: count(2, 8192),
             flushes: 1,
+            idle_flushes: 0,
             zeroes: count(1, 65536),
             unmaps: count(1, 4096),
             errors: 1,
             ..Counts::default()
         };
         assert_eq!(after, expected);
+    }
+
+    #[test]
+    fn flushes_with_nothing_to_do_are_told_apart() {
+        let counting = CountingDevice::wrap(MemDevice::new(1 << 20, 4096).unwrap());
+        let device: Arc<dyn Device> = counting.clone();
+        let (mut io, mut other) = (BlockingIo::new(&device).unwrap(), BlockingIo::new(&device).unwrap());
+        let idle = |io: &mut BlockingIo| {
+            let before = counting.counts();
+            io.flush().unwrap();
+            let new = counting.counts() - before;
+            assert_eq!(new.flushes, 1);
+            new.idle_flushes == 1
+        };
+        assert!(idle(&mut io));
+        other.write(0, &[1; 4096]).unwrap();
+        assert!(!idle(&mut io), "what another queue pair wrote");
+        assert!(idle(&mut other));
+        io.read(0, &mut [0; 4096]).unwrap();
+        io.write_fua(0, &[1; 4096]).unwrap();
+        assert!(idle(&mut io), "FUA needs no flush");
+        drop(other);
+        io.unmap(0, 4096).unwrap();
+        assert!(!idle(&mut io));
     }
 }

@@ -4,41 +4,71 @@
 //! - Once the device is gone, every answer is [`IoErrorKind::Gone`], also to requests that had reached the device
 //!   before: as after a power cut, nobody knows what became of them. [`FaultDevice::restore`] brings it back.
 //! - [`FaultDevice::reset`] plays a controller reset: the epoch rises, and flushes of earlier epochs fail. Nothing that
-//!   was written is lost by it; lost states are the business of the [recorder](crate::wrap::recorder).
+//!   was written is lost by it.
+//! - [`FaultDevice::power_cut`] loses what was not flushed: the blocks get back what they durably held, all of them or some.
+//!   It follows what is not flushed only if the plan asks for that, and takes back whole blocks to one earlier content.
+//!   *Every* state that a crash could leave is the business of the [recorder](crate::wrap::recorder). A recorder *inside*
+//!   (`fault:lying_flush=1/record:/...`) sees what the medium gets: no flush that was a lie. One *outside* sees what was
+//!   acknowledged: its crash states are those of an honest device.
+//! - Rot lives in the wrapper: the device inside keeps the right bytes, so [`FaultDevice::heal`] can undo it.
+//! - The geometry says that there is a volatile cache, so that the layers above flush.
+//!
+//! A request that is never answered stays in its queue pair, counts as outstanding, and never reaches the device: a queue
+//! pair that is dropped just drops it. If it has a deadline it is answered [`IoErrorKind::TimedOut`] then, as the contract has
+//! it for requests that wait in the adapter. If the device goes away it is answered [`IoErrorKind::Gone`].
 //!
 //! Decisions depend on the seed and on the order in which requests are submitted: with several threads that order, and
 //! so the faults, may differ from run to run.
 
 pub mod plan;
 
+mod history;
+mod queue;
+mod tamper;
+mod torn_off;
+
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 pub use plan::{Effect, Fault, FaultPlan, Seen, Target, When};
 
-use crate::{
-    ClaimFlag, Completion, Device, DmaBuf, DmaSource, Error, Geometry, IoErrorKind, Kind, QueuePair, Request,
-    Segments,
-};
+use crate::blocking::BlockingIo;
+use crate::wrap::random::mix;
+use crate::wrap::recorder::Survive;
+use crate::{ClaimFlag, Device, DmaSource, Error, Geometry, IoError, IoErrorKind, Kind, QueuePair, Request};
+use history::{Change, History, Moment};
+use tamper::{Rot, Tamper};
 
 /// A device with faults. All functions may be called from any thread.
 pub struct FaultDevice {
     name: String,
     inner: Arc<dyn Device>,
+    geometry: Geometry,
     state: Mutex<State>,
     gone: AtomicBool,
+    /// When a device that is gone comes back by itself.
+    back_at: Mutex<Option<Instant>>,
+    /// How often it went away: what was on its way then is lost.
+    outages: AtomicU64,
     /// Resets that were played.
     resets: AtomicU64,
+    /// How often hung requests were released.
+    releases: AtomicU64,
+    /// `state.history` is there.
+    keeps_history: AtomicBool,
 }
 
 struct State {
     plan: FaultPlan,
     seen: Seen,
     hits: u64,
+    rot: Rot,
+    history: Option<History>,
 }
 
 /// What is to be done with a request.
@@ -46,7 +76,18 @@ enum Verdict {
     Pass,
     Answer(Result<(), IoErrorKind>),
     /// So many blocks reach the device.
-    Torn(u64),
+    Torn {
+        blocks: u64,
+        silently: bool,
+    },
+    /// It goes to this byte address instead.
+    Misdirected(u64),
+    Lie,
+    Tampered(Box<Tamper>),
+    Late(Duration),
+    Hung,
+    Gone(Option<Duration>),
+    PowerCut(Survive),
 }
 
 impl fmt::Debug for FaultDevice {
@@ -64,18 +105,34 @@ impl FaultDevice {
 
     pub(crate) fn wrap_named(name: &str, inner: Arc<dyn Device>, plan: FaultPlan) -> Arc<FaultDevice> {
         log::info!("{name}: faults with seed={}", plan.seed);
-        Arc::new(FaultDevice {
+        let geometry = Geometry { volatile_cache: true, ..inner.geometry().clone() };
+        let rot = Rot::default();
+        let state = State { plan: FaultPlan::default(), seen: Seen::default(), hits: 0, rot, history: None };
+        let device = FaultDevice {
             name: name.to_owned(),
             inner,
-            state: Mutex::new(State { plan, seen: Seen::default(), hits: 0 }),
+            geometry,
+            state: Mutex::new(state),
             gone: AtomicBool::new(false),
+            back_at: Mutex::new(None),
+            outages: AtomicU64::new(0),
             resets: AtomicU64::new(0),
-        })
+            releases: AtomicU64::new(0),
+            keeps_history: AtomicBool::new(false),
+        };
+        device.set_plan(plan);
+        Arc::new(device)
     }
 
-    /// Replaces the plan; counting starts again. A device that is gone stays gone.
+    /// Replaces the plan; counting starts again. A device that is gone stays gone, what is rotten stays rotten, and what
+    /// is not flushed is followed from the first plan on that asks for it.
     pub fn set_plan(&self, plan: FaultPlan) {
-        *self.state.lock() = State { plan, seen: Seen::default(), hits: 0 };
+        let state = &mut *self.state.lock();
+        if plan.needs_history() && state.history.is_none() {
+            state.history = Some(History::new(self.geometry.block_size));
+            self.keeps_history.store(true, Ordering::Release);
+        }
+        (state.plan, state.seen, state.hits) = (plan, Seen::default(), 0);
     }
 
     /// The requests counted since the plan was set.
@@ -90,18 +147,26 @@ impl FaultDevice {
 
     /// Makes the device disappear now.
     pub fn remove(&self) {
-        self.gone.store(true, Ordering::Release);
+        self.remove_until(None);
     }
 
     /// Brings a device back that was gone, in a new epoch.
     pub fn restore(&self) {
+        *self.back_at.lock() = None;
         self.reset();
         self.gone.store(false, Ordering::Release);
     }
 
     /// True when the device has disappeared.
     pub fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
+        if !self.gone.load(Ordering::Acquire) {
+            return false;
+        }
+        let back = self.back_at.lock().take_if(|at| *at <= Instant::now()).is_some();
+        if back {
+            self.restore();
+        }
+        !back && self.gone.load(Ordering::Acquire)
     }
 
     /// Plays a controller reset: a new epoch begins.
@@ -109,33 +174,155 @@ impl FaultDevice {
         self.resets.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// Cuts the power: the device is gone, and the blocks that were changed and not durably flushed hold what they held
+    /// before, as far as their changes do not `survive`. [`restore`](Self::restore) brings the power back. Returns how many
+    /// blocks were taken back. What is in flight meanwhile may land or not, and is answered [`IoErrorKind::Gone`].
+    ///
+    /// Takes nothing back unless the plan has `volatile`, `lying_flush`, `stale_read` or `power_cut`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the device inside refuses to be written, and what its `queue_pair` says.
+    pub fn power_cut(&self, survive: Survive) -> Result<u64, Error> {
+        self.remove();
+        let lost = self.state.lock().history.as_mut().map_or_else(Vec::new, |history| history.lose(survive));
+        if lost.is_empty() {
+            return Ok(0);
+        }
+        let failed = |source: Box<IoError>| Error::Io {
+            what: "cannot take back what was not flushed on",
+            device: self.inner.name().to_owned(),
+            source,
+        };
+        let mut io = BlockingIo::new(&self.inner)?;
+        for (block, content) in &lost {
+            io.write(block * u64::from(self.geometry.block_size), content).map_err(failed)?;
+        }
+        io.flush().map_err(failed)?;
+        log::info!("{}: power cut, {} blocks lost", self.name, lost.len());
+        Ok(lost.len() as u64)
+    }
+
+    /// Lets the requests that were never answered go on to the device, at the next poll of their queue pairs.
+    pub fn release_hung(&self) {
+        self.releases.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// How many blocks are rotten.
+    pub fn rotten_blocks(&self) -> usize {
+        self.state.lock().rot.len()
+    }
+
+    /// Makes all rotten blocks whole again.
+    pub fn heal(&self) {
+        self.state.lock().rot.heal_all();
+    }
+
+    fn remove_until(&self, back_at: Option<Instant>) {
+        let mut at = self.back_at.lock();
+        *at = back_at;
+        self.outages.fetch_add(1, Ordering::AcqRel);
+        self.gone.store(true, Ordering::Release);
+    }
+
     fn resets(&self) -> u64 {
         self.resets.load(Ordering::Acquire)
     }
 
+    fn outages(&self) -> u64 {
+        self.outages.load(Ordering::Acquire)
+    }
+
+    fn releases(&self) -> u64 {
+        self.releases.load(Ordering::Acquire)
+    }
+
+    fn blocks(&self, offset: u64, len: u64) -> Range<u64> {
+        let block_size = u64::from(self.geometry.block_size);
+        offset / block_size..(offset + len) / block_size
+    }
+
     fn judge(&self, request: &Request) -> Verdict {
         let state = &mut *self.state.lock();
-        state.seen.all += 1;
-        match request.kind {
-            Kind::Read => state.seen.reads += 1,
-            Kind::Write | Kind::WriteZeroes => state.seen.writes += 1,
-            Kind::Flush { .. } => state.seen.flushes += 1,
-            Kind::Unmap => {}
+        state.seen.count(request);
+        let verdict = self.sentence(state, request);
+        if !matches!(verdict, Verdict::Pass) {
+            state.hits += 1;
         }
-        let Some(effect) = state.plan.decide(request, &state.seen) else { return Verdict::Pass };
-        state.hits += 1;
-        match effect {
+        if request.kind != Kind::Read || state.rot.len() == 0 {
+            return verdict;
+        }
+        let mut tamper = match verdict {
+            Verdict::Pass => Box::default(),
+            Verdict::Tampered(tamper) => tamper,
+            other => return other,
+        };
+        tamper.add_rot(&state.rot, self.blocks(request.offset, request.len));
+        if tamper.is_empty() { Verdict::Pass } else { Verdict::Tampered(tamper) }
+    }
+
+    fn sentence(&self, state: &mut State, request: &Request) -> Verdict {
+        let State { plan, seen, rot, history, .. } = state;
+        let Some(fault) = plan.decide(request, seen) else { return Verdict::Pass };
+        let block_size = u64::from(self.geometry.block_size);
+        let read = Target::Reads.includes(request);
+        let write = Target::Writes.includes(request);
+        let blocks = request.len / block_size;
+        match fault.effect {
             Effect::Error(kind) => Verdict::Answer(Err(kind)),
-            Effect::Lost => Verdict::Answer(Ok(())),
-            Effect::Torn if Target::Writes.includes(request.kind) => {
-                let blocks = request.len / u64::from(self.inner.geometry().block_size);
-                Verdict::Torn(state.plan.torn_blocks(blocks, &state.seen))
+            Effect::Rot if read => {
+                let (block, seed) = plan.rotten_block(fault, request, block_size, seen);
+                rot.begin(block, seed);
+                Verdict::Tampered(Box::default())
             }
-            Effect::Torn | Effect::Gone => {
-                self.remove();
-                Verdict::Answer(Err(IoErrorKind::Gone))
+            Effect::Stale if read => {
+                let Some(history) = history else { return Verdict::Pass };
+                let tamper = Tamper::stale(history, self.blocks(request.offset, request.len));
+                if tamper.is_empty() { Verdict::Pass } else { Verdict::Tampered(Box::new(tamper)) }
+            }
+            Effect::Lost => Verdict::Answer(Ok(())),
+            Effect::Torn if write => {
+                Verdict::Torn { blocks: plan.torn_blocks(blocks, seen), silently: false }
+            }
+            Effect::TornSilently if write => {
+                Verdict::Torn { blocks: plan.torn_blocks(blocks, seen), silently: true }
+            }
+            Effect::Misdirected if write => {
+                match plan.misdirected(request, self.geometry.capacity, block_size, seen) {
+                    Some(offset) => Verdict::Misdirected(offset),
+                    None => Verdict::Answer(Ok(())),
+                }
+            }
+            Effect::Lie if Target::Barriers.includes(request) => Verdict::Lie,
+            Effect::Slow(time) => Verdict::Late(time),
+            Effect::Never => Verdict::Hung,
+            Effect::Torn | Effect::Gone => Verdict::Gone(None),
+            Effect::GoneFor(time) => Verdict::Gone(Some(time)),
+            Effect::PowerCut => Verdict::PowerCut(Survive::Random(mix(plan.seed ^ mix(seen.all)))),
+            Effect::Rot | Effect::Stale | Effect::TornSilently | Effect::Misdirected | Effect::Lie => {
+                Verdict::Pass
             }
         }
+    }
+
+    /// A write, write-zeroes or unmap goes to the device: what was rotten there is not any more.
+    fn changes(&self, offset: u64, len: u64) {
+        self.state.lock().rot.heal(self.blocks(offset, len));
+    }
+
+    fn keeps_history(&self) -> bool {
+        self.keeps_history.load(Ordering::Acquire)
+    }
+
+    /// Remembers what a change at `offset` is about to replace.
+    fn remember(&self, offset: u64, before: &[u8]) -> Option<Change> {
+        Some(self.state.lock().history.as_mut()?.changed(offset, before))
+    }
+
+    fn flush_begins(&self) -> Option<Moment> {
+        if !self.keeps_history() {
+            return None;
+        }
+        Some(self.state.lock().history.as_mut()?.flush_begins())
     }
 }
 
@@ -145,7 +332,7 @@ impl Device for FaultDevice {
     }
 
     fn geometry(&self) -> &Geometry {
-        self.inner.geometry()
+        &self.geometry
     }
 
     fn read_only(&self) -> bool {
@@ -153,15 +340,7 @@ impl Device for FaultDevice {
     }
 
     fn queue_pair(self: Arc<Self>) -> Result<Box<dyn QueuePair>, Error> {
-        let inner = Arc::clone(&self.inner).queue_pair()?;
-        Ok(Box::new(FaultQueuePair {
-            device: self,
-            inner,
-            pending: Vec::new(),
-            free: Vec::new(),
-            ready: Vec::new(),
-            inner_completions: Vec::new(),
-        }))
+        queue::open(self)
     }
 
     fn dma(&self) -> Arc<dyn DmaSource> {
@@ -177,184 +356,5 @@ impl Device for FaultDevice {
     }
 }
 
-/// What is remembered of a request while the inner device has it (under the tag of its place in the table).
-struct Pending {
-    tag: u64,
-    kind: Kind,
-    offset: u64,
-    len: u64,
-    /// The part of a torn write that never reached the device.
-    torn_off: Option<TornOff>,
-}
-
-struct FaultQueuePair {
-    device: Arc<FaultDevice>,
-    inner: Box<dyn QueuePair>,
-    pending: Vec<Option<Pending>>,
-    free: Vec<usize>,
-    /// Answered without the inner device.
-    ready: Vec<Completion>,
-    inner_completions: Vec<Completion>,
-}
-
-impl FaultQueuePair {
-    fn answer(&mut self, request: Request, result: Result<(), IoErrorKind>) {
-        self.ready.push(request.complete(result, self.device.epoch()));
-    }
-
-    fn forward(&mut self, mut request: Request, torn_off: Option<TornOff>, len: u64) {
-        let (tag, kind, offset) = (request.tag, request.kind, request.offset);
-        let pending = Pending { tag, kind, offset, len, torn_off };
-        let slot = match self.free.pop() {
-            Some(slot) => slot,
-            None => {
-                self.pending.push(None);
-                self.pending.len() - 1
-            }
-        };
-        self.pending[slot] = Some(pending);
-        request.tag = slot as u64;
-        if let Kind::Flush { epoch } = request.kind {
-            // The inner device does not know of the resets that were played.
-            request.kind = Kind::Flush { epoch: epoch.wrapping_sub(self.device.resets()) };
-        }
-        self.inner.submit(request);
-    }
-
-    fn tear(&mut self, mut request: Request, blocks: u64) {
-        self.device.remove();
-        let len = request.len;
-        let keep = blocks * u64::from(self.device.geometry().block_size);
-        if keep == 0 {
-            return self.answer(request, Err(IoErrorKind::Gone));
-        }
-        let torn_off = TornOff::cut(&mut request.bufs, keep);
-        request.len = keep;
-        self.forward(request, Some(torn_off), len);
-    }
-
-    fn translate(&mut self, mut completion: Completion) -> Option<Completion> {
-        let slot = completion.tag as usize;
-        let pending = self.pending.get_mut(slot)?.take()?;
-        self.free.push(slot);
-        completion.tag = pending.tag;
-        let resets = self.device.resets();
-        completion.epoch += resets;
-        if let Err(error) = &mut completion.result {
-            error.len = pending.len;
-            if let IoErrorKind::EpochLost { expected, now } = &mut error.kind {
-                *expected = expected.wrapping_add(resets);
-                *now = now.wrapping_add(resets);
-            }
-        }
-        if let Some(torn_off) = pending.torn_off {
-            torn_off.rejoin(&mut completion.bufs);
-        }
-        let now = self.device.epoch();
-        let failure = match pending.kind {
-            _ if self.device.is_gone() => Some(IoErrorKind::Gone),
-            Kind::Flush { epoch } if epoch != now => Some(IoErrorKind::EpochLost { expected: epoch, now }),
-            _ => None,
-        };
-        let Some(failure) = failure else { return Some(completion) };
-        let request = Request {
-            kind: pending.kind,
-            offset: pending.offset,
-            len: pending.len,
-            bufs: completion.bufs,
-            hints: Default::default(),
-            tag: pending.tag,
-        };
-        Some(request.complete(Err(failure), completion.epoch))
-    }
-}
-
-impl QueuePair for FaultQueuePair {
-    fn submit(&mut self, request: Request) {
-        if let Err(kind) = request.check(self.device.geometry(), self.device.read_only()) {
-            return self.answer(request, Err(kind));
-        }
-        if self.device.is_gone() {
-            return self.answer(request, Err(IoErrorKind::Gone));
-        }
-        match self.device.judge(&request) {
-            Verdict::Pass => {
-                let len = request.len;
-                self.forward(request, None, len);
-            }
-            Verdict::Answer(result) => self.answer(request, result),
-            Verdict::Torn(blocks) => self.tear(request, blocks),
-        }
-    }
-
-    fn kick(&mut self) {
-        self.inner.kick();
-    }
-
-    fn poll(&mut self, completions: &mut Vec<Completion>) -> usize {
-        let before = completions.len();
-        completions.append(&mut self.ready);
-        let mut arrived = std::mem::take(&mut self.inner_completions);
-        self.inner.poll(&mut arrived);
-        completions.extend(arrived.drain(..).filter_map(|completion| self.translate(completion)));
-        self.inner_completions = arrived;
-        completions.len() - before
-    }
-
-    fn outstanding(&self) -> usize {
-        self.ready.len() + self.inner.outstanding()
-    }
-
-    fn wait(&mut self, timeout: Duration) {
-        if self.ready.is_empty() {
-            self.inner.wait(timeout);
-        }
-    }
-}
-
-/// The end of a scatter list that was cut off, possibly inside a buffer.
-struct TornOff {
-    /// The other half of the last buffer that was kept.
-    half: Option<DmaBuf>,
-    whole: Vec<DmaBuf>,
-}
-
-impl TornOff {
-    /// Cuts `bufs` to its first `keep` bytes (at least one, fewer than it has).
-    fn cut(bufs: &mut Segments, keep: u64) -> TornOff {
-        let mut left = keep as usize;
-        let mut kept = 0;
-        let mut half = None;
-        for buf in bufs.as_mut_slice() {
-            if left == 0 {
-                break;
-            }
-            if left < buf.len() {
-                half = Some(buf.split_off(left));
-            }
-            left -= buf.len();
-            kept += 1;
-        }
-        let whole = match bufs {
-            Segments::Many(list) => list.split_off(kept),
-            _ => Vec::new(),
-        };
-        TornOff { half, whole }
-    }
-
-    /// Puts the end back.
-    fn rejoin(self, bufs: &mut Segments) {
-        let refused = match (bufs.as_mut_slice().last_mut(), self.half) {
-            (Some(last), Some(half)) => last.unsplit(half).err(),
-            (_, half) => half,
-        };
-        debug_assert!(refused.is_none(), "the halves of one buffer fit together");
-        if let Segments::Many(list) = bufs {
-            list.extend(self.whole);
-        }
-    }
-}
-
 #[cfg(test)]
-#[path = "tests.rs"]
 mod tests;

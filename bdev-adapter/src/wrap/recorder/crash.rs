@@ -16,7 +16,7 @@ use hashbrown::{HashMap, HashSet};
 
 use super::{Change, Event, Record};
 use crate::image::Image;
-use crate::wrap::fault::plan::mix;
+use crate::wrap::random::mix;
 
 /// A recording.
 #[derive(Debug, Clone)]
@@ -72,6 +72,8 @@ pub struct CrashState {
     pub survive: Survive,
     /// How many volatile changes there were.
     pub volatile: usize,
+    /// Of how many of them some blocks survived and others did not.
+    pub torn: usize,
     /// The content of the medium.
     pub image: Image,
 }
@@ -284,19 +286,21 @@ impl<'a> Medium<'a> {
 
     fn state(&self, survive: Survive) -> CrashState {
         let mut image = self.durable.clone();
-        match survive {
-            Survive::Nothing => {}
+        let torn = match survive {
+            Survive::Nothing => 0,
             Survive::Everything => {
                 for index in self.in_order(|record| record.completed.map_or(usize::MAX, |(at, _)| at)) {
                     self.apply_volatile(&mut image, index, |_| true);
                 }
+                0
             }
             Survive::Random(seed) => self.survive_randomly(&mut image, seed),
-        }
-        CrashState { point: self.point, survive, volatile: self.volatile.len(), image }
+        };
+        CrashState { point: self.point, survive, volatile: self.volatile.len(), torn, image }
     }
 
-    fn survive_randomly(&self, image: &mut Image, seed: u64) {
+    /// Returns how many changes were torn.
+    fn survive_randomly(&self, image: &mut Image, seed: u64) -> usize {
         // How much survives differs from state to state: almost nothing to almost everything.
         let share = 1 + mix(seed) % 9;
         let moment = |record: &Record| {
@@ -304,14 +308,20 @@ impl<'a> Medium<'a> {
             let span = (completed - record.submitted).max(1) as u64;
             record.submitted + (mix(seed ^ mix(record.submitted as u64)) % span) as usize
         };
+        let mut torn_changes = 0;
         for index in self.in_order(moment) {
             let fate = mix(seed ^ mix(index as u64 ^ 1 << 40));
             if fate % 10 >= share {
                 continue;
             }
             let torn = (fate / 10).is_multiple_of(3);
-            self.apply_volatile(image, index, |block| !torn || mix(fate ^ block) & 1 == 0);
+            let lands = |block: u64| !torn || mix(fate ^ block) & 1 == 0;
+            let blocks = self.blocks(&self.log.records[index]);
+            let landed = (0..blocks.end - blocks.start).filter(|block| lands(*block)).count() as u64;
+            torn_changes += usize::from(landed > 0 && landed < blocks.end - blocks.start);
+            self.apply_volatile(image, index, lands);
         }
+        torn_changes
     }
 
     /// The volatile records ordered by `key`.

@@ -10,6 +10,9 @@
 //!
 //! The geometry says that there is a volatile cache and native FUA, whatever the device inside says, so that the
 //! layers above flush. All data is kept in memory: record minutes, not hours.
+//!
+//! In a URI it is `record:` or `record:limit=64MiB`: the content that the device has when it is opened is read through the
+//! contract, and a capacity beyond the limit ([`LIMIT`] if none is given) is refused.
 
 pub mod crash;
 
@@ -21,9 +24,47 @@ use parking_lot::Mutex;
 
 pub use crash::{CrashLog, CrashOptions, CrashState, CrashStates, Points, Survive};
 
-use crate::image::Image;
+use crate::blocking::BlockingIo;
+use crate::image::{CHUNK, Image};
 use crate::mem::MemDevice;
+use crate::uri::parse_size;
+use crate::wrap::in_flight::InFlight;
 use crate::{ClaimFlag, Completion, Device, DmaSource, Error, Geometry, Kind, QueuePair, Request};
+
+/// The largest capacity in bytes of a device whose content is read for a recording, unless another limit is given.
+pub const LIMIT: u64 = 1 << 30;
+
+/// The arguments of `record:`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RecordOptions {
+    /// The largest capacity in bytes that is recorded.
+    pub limit: u64,
+}
+
+impl Default for RecordOptions {
+    fn default() -> RecordOptions {
+        RecordOptions { limit: LIMIT }
+    }
+}
+
+impl RecordOptions {
+    /// The options of these keys and values of the URI grammar.
+    pub(crate) fn parse(arguments: &[(&str, &str)]) -> Result<RecordOptions, String> {
+        const RIGHT: &str = "record:limit=64MiB";
+        match arguments {
+            [] => Ok(RecordOptions::default()),
+            [("limit", limit)] => match parse_size(limit) {
+                Ok(limit @ 1..) => Ok(RecordOptions { limit }),
+                Ok(0) => Err(format!("limit=0 records nothing; write {RIGHT}")),
+                Err(why) => Err(format!("{why}, as in {RIGHT}")),
+            },
+            [("limit", _), ("limit", _), ..] => Err("record has 'limit' twice".to_owned()),
+            [("limit", _), (key, _), ..] | [(key, _), ..] => {
+                Err(format!("record has no '{key}' (it has: limit); write {RIGHT}"))
+            }
+        }
+    }
+}
 
 /// A change of the device, or a flush.
 #[derive(Debug, Clone)]
@@ -73,6 +114,7 @@ pub enum Event {
 
 /// A device that records its changes. All functions may be called from any thread.
 pub struct Recorder {
+    name: String,
     inner: Arc<dyn Device>,
     geometry: Geometry,
     base: Image,
@@ -88,7 +130,7 @@ struct Log {
 impl fmt::Debug for Recorder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Recorder")
-            .field("inner", &self.inner)
+            .field("name", &self.name)
             .field("point", &self.point())
             .finish_non_exhaustive()
     }
@@ -101,10 +143,31 @@ impl Recorder {
         Recorder::with_base(inner, base)
     }
 
+    /// Records what happens to `inner` from now on, on top of its present content, which is read first.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] when its capacity is beyond the limit, [`Error::Io`] when it cannot be read.
+    pub fn around(inner: Arc<dyn Device>, options: RecordOptions) -> Result<Arc<Recorder>, Error> {
+        Recorder::around_named(&inner.name().to_owned(), inner, options)
+    }
+
+    pub(crate) fn around_named(
+        name: &str,
+        inner: Arc<dyn Device>,
+        options: RecordOptions,
+    ) -> Result<Arc<Recorder>, Error> {
+        let base = read_image(&inner, options.limit)?;
+        Ok(Recorder::named(name.to_owned(), inner, base))
+    }
+
     /// Records what happens to `inner` from now on; its present content is `base`.
     pub fn with_base(inner: Arc<dyn Device>, base: Image) -> Arc<Recorder> {
+        Recorder::named(inner.name().to_owned(), inner, base)
+    }
+
+    fn named(name: String, inner: Arc<dyn Device>, base: Image) -> Arc<Recorder> {
         let geometry = Geometry { volatile_cache: true, native_fua: true, ..inner.geometry().clone() };
-        Arc::new(Recorder { inner, geometry, base, log: Mutex::default() })
+        Arc::new(Recorder { name, inner, geometry, base, log: Mutex::default() })
     }
 
     /// How many events were recorded so far.
@@ -150,6 +213,32 @@ impl Recorder {
     }
 }
 
+/// The content of a device, as a value.
+fn read_image(device: &Arc<dyn Device>, limit: u64) -> Result<Image, Error> {
+    const PIECE: u64 = 1 << 20;
+    let Geometry { capacity, block_size, .. } = *device.geometry();
+    let name = || device.name().to_owned();
+    if capacity > limit {
+        let why =
+            "its content is read and kept when a recording begins; write record:limit=SIZE for another limit";
+        return Err(Error::TooLarge { device: name(), bytes: capacity, limit, why: why.to_owned() });
+    }
+    let mut io = BlockingIo::new(device)?;
+    let mut image = Image::new(capacity, block_size);
+    let mut piece = vec![0; PIECE.min(capacity) as usize];
+    for start in (0..capacity).step_by(PIECE as usize) {
+        let piece = &mut piece[..PIECE.min(capacity - start) as usize];
+        io.read(start, piece).map_err(|source| Error::Io { what: "cannot read", device: name(), source })?;
+        for (chunk, offset) in piece.chunks(CHUNK).zip((start..).step_by(CHUNK)) {
+            if chunk.iter().any(|byte| *byte != 0) {
+                let written = image.write(offset, chunk);
+                debug_assert_eq!(written, Ok(()), "a piece lies inside the device");
+            }
+        }
+    }
+    Ok(image)
+}
+
 fn gather(request: &Request) -> Arc<[u8]> {
     match request.bufs.as_slice() {
         [one] => Arc::from(&one[..]),
@@ -159,7 +248,7 @@ fn gather(request: &Request) -> Arc<[u8]> {
 
 impl Device for Recorder {
     fn name(&self) -> &str {
-        self.inner.name()
+        &self.name
     }
 
     fn geometry(&self) -> &Geometry {
@@ -172,7 +261,7 @@ impl Device for Recorder {
 
     fn queue_pair(self: Arc<Self>) -> Result<Box<dyn QueuePair>, Error> {
         let inner = Arc::clone(&self.inner).queue_pair()?;
-        Ok(Box::new(RecordingQueuePair { device: self, inner, pending: Vec::new(), free: Vec::new() }))
+        Ok(Box::new(RecordingQueuePair { device: self, inner, in_flight: InFlight::default() }))
     }
 
     fn dma(&self) -> Arc<dyn DmaSource> {
@@ -188,8 +277,7 @@ impl Device for Recorder {
     }
 }
 
-/// A request that the inner device has, under the tag of its place in the table.
-#[derive(Clone, Copy)]
+/// A request that the inner device has.
 struct Pending {
     tag: u64,
     record: Option<usize>,
@@ -198,8 +286,7 @@ struct Pending {
 struct RecordingQueuePair {
     device: Arc<Recorder>,
     inner: Box<dyn QueuePair>,
-    pending: Vec<Pending>,
-    free: Vec<usize>,
+    in_flight: InFlight<Pending>,
 }
 
 impl QueuePair for RecordingQueuePair {
@@ -207,18 +294,7 @@ impl QueuePair for RecordingQueuePair {
         // What breaks the contract changes nothing: the inner device answers it.
         let valid = request.check(&self.device.geometry, self.device.read_only()).is_ok();
         let record = if valid { self.device.submitted(&request) } else { None };
-        let pending = Pending { tag: request.tag, record };
-        let slot = match self.free.pop() {
-            Some(slot) => {
-                self.pending[slot] = pending;
-                slot
-            }
-            None => {
-                self.pending.push(pending);
-                self.pending.len() - 1
-            }
-        };
-        request.tag = slot as u64;
+        request.tag = self.in_flight.insert(Pending { tag: request.tag, record });
         self.inner.submit(request);
     }
 
@@ -230,9 +306,7 @@ impl QueuePair for RecordingQueuePair {
         let before = completions.len();
         let count = self.inner.poll(completions);
         for completion in &mut completions[before..] {
-            let slot = completion.tag as usize;
-            let Some(pending) = self.pending.get(slot).copied() else { continue };
-            self.free.push(slot);
+            let Some(pending) = self.in_flight.remove(completion.tag) else { continue };
             completion.tag = pending.tag;
             if let Some(record) = pending.record {
                 self.device.answered(record, completion);

@@ -1,9 +1,14 @@
 //! Tests of the fault wrapper.
 
+mod data;
+mod grammar;
+mod power;
+mod time;
+
 use super::*;
 use crate::blocking::BlockingIo;
 use crate::mem::MemDevice;
-use crate::{Hints, OpenOptions, open};
+use crate::{Completion, Hints, OpenOptions, open};
 
 const MIB: u64 = 1 << 20;
 
@@ -20,6 +25,23 @@ fn wrapped(plan: &[(&str, &str)]) -> (Arc<MemDevice>, Arc<FaultDevice>, Blocking
     let device = FaultDevice::wrap(memory.clone(), faults);
     let io = BlockingIo::new(&(device.clone() as Arc<dyn Device>)).unwrap();
     (memory, device, io)
+}
+
+/// A queue pair of its own, for tests that want several requests in flight.
+fn queue_pair(device: &Arc<FaultDevice>) -> Box<dyn QueuePair> {
+    (device.clone() as Arc<dyn Device>).queue_pair().unwrap()
+}
+
+/// Polls for this long at least once, or until `count` answers are there.
+fn poll_for(queue_pair: &mut dyn QueuePair, count: usize, limit: Duration) -> Vec<Completion> {
+    let (mut completions, started) = (Vec::new(), Instant::now());
+    loop {
+        queue_pair.poll(&mut completions);
+        if completions.len() >= count || started.elapsed() >= limit {
+            return completions;
+        }
+        queue_pair.wait(Duration::from_millis(5));
+    }
 }
 
 fn kind(result: Result<(), Box<crate::IoError>>) -> IoErrorKind {
@@ -57,7 +79,7 @@ fn conditions_hit_what_they_name() {
     io.flush().unwrap();
     assert_eq!(kind(io.flush()), EIO);
     assert_eq!(kind(io.flush()), EIO);
-    assert_eq!(device.seen(), Seen { reads: 4, writes: 4, flushes: 3, all: 11 });
+    assert_eq!(device.seen(), Seen { reads: 4, writes: 4, flushes: 3, barriers: 3, all: 11 });
     assert_eq!(device.hits(), 5);
 }
 
