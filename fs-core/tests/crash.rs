@@ -1,5 +1,8 @@
 //! Crash test: a workload is recorded, crash states are built from the recording, and each is mounted, checked and compared.
 //!
+//! States are built right after *every* flush and FUA write of the recording, and at sampled moments between them; at each
+//! with nothing, everything, and random subsets of what was not flushed, some of it torn at any block.
+//!
 //! The filesystem commits in this test only when it is told to (no helper, no lack of space), so every state must be exactly
 //! that of the last sync that was acknowledged before the crash, or that of the sync that was under way: a commit
 //! is whole or absent.
@@ -11,7 +14,7 @@ use std::sync::Arc;
 
 use bdev_adapter::Device;
 use bdev_adapter::mem::MemDevice;
-use bdev_adapter::wrap::recorder::{CrashOptions, Points, Recorder};
+use bdev_adapter::wrap::recorder::{Change, CrashLog, CrashOptions, CrashState, Event, Points, Recorder};
 use common::{MIB, Watchdog, check, crashes, difference, fresh, mount, pattern, quiet, seed};
 use fs_core::{Channel, OpenFlags};
 use rand::rngs::SmallRng;
@@ -106,45 +109,117 @@ fn record(rng: &mut SmallRng, rounds: usize) -> (Arc<Recorder>, Vec<Synced>) {
     (recorder, synced)
 }
 
+/// What was tried.
+#[derive(Debug, Default)]
+struct Tried {
+    /// Flushes and FUA writes after which states were built.
+    durable_points: usize,
+    /// States right after them.
+    at_durable_points: usize,
+    /// Sampled moments between them.
+    other_points: usize,
+    /// States there.
+    between: usize,
+    /// States of both kinds in which a write was torn.
+    torn: usize,
+    /// States with the commit that was under way.
+    newer: usize,
+}
+
+impl Tried {
+    fn states(&self) -> usize {
+        self.at_durable_points + self.between
+    }
+}
+
+/// Whether a flush or FUA write completed right before `point`.
+fn is_durable_point(log: &CrashLog, point: usize) -> bool {
+    let Some(Event::Completed(index)) = point.checked_sub(1).and_then(|last| log.events().get(last)) else {
+        return false;
+    };
+    let record = &log.records()[*index];
+    record.fua || matches!(record.change, Change::Flush { .. })
+}
+
+/// Mounts the state, compares it, checks it, and goes on from there.
+fn survives(state: &CrashState, synced: &[Synced], last: usize, what: &str, tried: &mut Tried) {
+    let device: Arc<dyn Device> = MemDevice::from_image(&state.image).expect("a device");
+    let fs = mount(&device, &quiet());
+    let channel = fs.channel().expect("channel");
+    let found = read_all(&channel);
+    if let Some(why) = differ(&found, &synced[last].files) {
+        let next = synced.get(last + 1).unwrap_or_else(|| panic!("{what}: {why}"));
+        if let Some(other) = differ(&found, &next.files) {
+            panic!("{what}: neither the synced state ({why}) nor the next one ({other})");
+        }
+        tried.newer += 1;
+    }
+    check(&fs, &channel);
+    let file = channel.open("after", OpenFlags::CREATE).expect("open");
+    channel.write(&file, 5, b"the crash").expect("write");
+    channel.close(file).expect("close");
+    channel.sync().expect("sync");
+    check(&fs, &channel);
+    drop(channel);
+    fs.unmount().expect("unmount");
+}
+
+/// Tries every state of one recording that `options` asks for.
+fn crash(
+    recorder: &Recorder,
+    synced: &[Synced],
+    options: CrashOptions,
+    seed: u64,
+    rng: &mut SmallRng,
+    tried: &mut Tried,
+) {
+    let log = recorder.log();
+    // Formatting is not what is being tested.
+    let begin = synced[0].point;
+    let mut last_point = None;
+    let before = tried.durable_points;
+    for state in log.crash_states(rng.random(), options) {
+        let Some(last) = synced.iter().rposition(|s| s.point <= state.point) else { continue };
+        let durable = is_durable_point(&log, state.point);
+        let new_point = last_point.replace(state.point) != Some(state.point);
+        let (points, states) = if durable {
+            (&mut tried.durable_points, &mut tried.at_durable_points)
+        } else {
+            (&mut tried.other_points, &mut tried.between)
+        };
+        *points += usize::from(new_point);
+        *states += 1;
+        tried.torn += usize::from(state.torn > 0);
+        let what = format!("seed {seed}, crash at event {}, {:?}", state.point, state.survive);
+        survives(&state, synced, last, &what, tried);
+    }
+    let all = (begin..=log.events().len()).filter(|point| is_durable_point(&log, *point)).count();
+    assert_eq!(tried.durable_points - before, all, "a state after every flush and FUA write");
+}
+
 #[test]
 fn every_crash_state_is_that_of_a_sync() {
     let seed = seed("every_crash_state_is_that_of_a_sync");
-    let _watchdog = Watchdog::start("every_crash_state_is_that_of_a_sync", seed, 600);
+    let wanted = crashes(1000);
+    let _watchdog = Watchdog::start("every_crash_state_is_that_of_a_sync", seed, 600 + wanted as u64);
     let mut rng = SmallRng::seed_from_u64(seed);
-    let wanted = crashes(600);
-    let (mut tried, mut newer) = (0, 0);
-    while tried < wanted {
+    let mut tried = Tried::default();
+    // Whole workloads only: no flush and no FUA write is left out.
+    while tried.states() < wanted {
         let (recorder, synced) = record(&mut rng, 60);
-        let options = CrashOptions { points: Points::Sampled(64), subsets: 2 };
-        for state in recorder.log().crash_states(rng.random(), options) {
-            // Formatting is not what is being tested.
-            let Some(last) = synced.iter().rposition(|s| s.point <= state.point) else { continue };
-            let what = format!("seed {seed}, crash at event {}, {:?}", state.point, state.survive);
-            let device: Arc<dyn Device> = MemDevice::from_image(&state.image).expect("a device");
-            let fs = mount(&device, &quiet());
-            let channel = fs.channel().expect("channel");
-            let found = read_all(&channel);
-            if let Some(why) = differ(&found, &synced[last].files) {
-                let next = synced.get(last + 1).unwrap_or_else(|| panic!("{what}: {why}"));
-                if let Some(other) = differ(&found, &next.files) {
-                    panic!("{what}: neither the synced state ({why}) nor the next one ({other})");
-                }
-                newer += 1;
-            }
-            check(&fs, &channel);
-            // It goes on from there.
-            let file = channel.open("after", OpenFlags::CREATE).expect("open");
-            channel.write(&file, 5, b"the crash").expect("write");
-            channel.close(file).expect("close");
-            channel.sync().expect("sync");
-            check(&fs, &channel);
-            drop(channel);
-            fs.unmount().expect("unmount");
-            tried += 1;
-            if tried >= wanted {
-                break;
-            }
-        }
+        let options = CrashOptions { points: Points::Sampled(4), subsets: 4 };
+        crash(&recorder, &synced, options, seed, &mut rng, &mut tried);
     }
-    println!("{tried} crash states tried, {newer} of them with the commit that was under way; seed {seed}");
+    println!(
+        "{} crash states tried: {} right after each of the {} flushes and FUA writes, {} at {} moments between; {} with \
+         torn writes, {} with the commit that was under way; seed {seed}",
+        tried.states(),
+        tried.at_durable_points,
+        tried.durable_points,
+        tried.between,
+        tried.other_points,
+        tried.torn,
+        tried.newer,
+    );
+    assert!(tried.torn > 0 && tried.newer > 0 && tried.between > 0, "the test has lost its teeth: {tried:?}");
 }
