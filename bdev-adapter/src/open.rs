@@ -104,8 +104,10 @@ pub fn open_stack(uri: &str, options: &OpenOptions) -> Result<Stack, Error> {
         let handle = match wrapper {
             Wrapper::Fault(plan) => Handle::Fault(FaultDevice::wrap_named(name, device, plan.clone())),
             Wrapper::Latency(plan) => Handle::Latency(LatencyDevice::wrap_named(name, device, plan.clone())),
-            Wrapper::Count => Handle::Count(CountingDevice::wrap_named(name, device)),
-            Wrapper::Record(options) => Handle::Record(Recorder::around_named(name, device, *options)?),
+            Wrapper::Count => Handle::Count(CountingDevice::wrap_named(name.to_owned(), device)),
+            Wrapper::Record(options) => {
+                Handle::Record(Recorder::around_named(name.to_owned(), device, *options)?)
+            }
         };
         device = match &handle {
             Handle::Fault(it) => it.clone(),

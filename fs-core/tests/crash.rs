@@ -14,8 +14,10 @@ use std::sync::Arc;
 
 use bdev_adapter::Device;
 use bdev_adapter::mem::MemDevice;
-use bdev_adapter::wrap::recorder::{Change, CrashLog, CrashOptions, CrashState, Event, Points, Recorder};
-use common::{MIB, Watchdog, check, crashes, difference, fresh, mount, pattern, quiet, seed};
+use bdev_adapter::wrap::recorder::{
+    Change, CrashLog, CrashOptions, CrashState, Event, Points, RecordOptions, Recorder,
+};
+use common::{MIB, TestDevice, Watchdog, check, crashes, difference, fresh, mount, pattern, quiet, seed};
 use fs_core::{Channel, OpenFlags};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -91,7 +93,9 @@ fn differ(found: &Files, expected: &Files) -> Option<String> {
 /// Runs `rounds` rounds of changes and a sync each on a recorded device: small, so that the allocator comes round and uses
 /// blocks again that earlier rounds freed.
 fn record(rng: &mut SmallRng, rounds: usize) -> (Arc<Recorder>, Vec<Synced>) {
-    let recorder = Recorder::over(MemDevice::new(16 * MIB, 512).expect("a device"));
+    // Small blocks, so that writes are torn inside a block of the filesystem.
+    let inner = TestDevice::in_blocks(16 * MIB, 512);
+    let recorder = Recorder::around(inner.device.clone(), RecordOptions::default()).expect("a recorder");
     let device: Arc<dyn Device> = recorder.clone();
     let fs = fresh(&device, &quiet());
     let channel = fs.channel().expect("channel");

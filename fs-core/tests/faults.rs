@@ -280,9 +280,8 @@ fn a_request_that_is_never_answered() {
     let seed = seed("a_request_that_is_never_answered");
     let _watchdog = Watchdog::start("a_request_that_is_never_answered", seed, 300);
     let base = base();
-    let ways: [(&str, fn(&FaultDevice)); 2] =
-        [("released", FaultDevice::release_hung), ("gone", FaultDevice::remove)];
-    for (what, help) in ways {
+    for what in ["released", "gone"] {
+        let help = if what == "gone" { FaultDevice::remove } else { FaultDevice::release_hung };
         let (mut n, mut errors) = (1, 0);
         loop {
             let run = run_with_a_helper(&base, seed, n, help);

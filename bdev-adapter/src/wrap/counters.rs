@@ -165,11 +165,11 @@ impl fmt::Debug for CountingDevice {
 impl CountingDevice {
     /// Counts what goes through the returned device to `inner`.
     pub fn wrap(inner: Arc<dyn Device>) -> Arc<CountingDevice> {
-        CountingDevice::wrap_named(&inner.name().to_owned(), inner)
+        CountingDevice::wrap_named(inner.name().to_owned(), inner)
     }
 
-    pub(crate) fn wrap_named(name: &str, inner: Arc<dyn Device>) -> Arc<CountingDevice> {
-        Arc::new(CountingDevice { name: name.to_owned(), inner, ledger: Mutex::default() })
+    pub(crate) fn wrap_named(name: String, inner: Arc<dyn Device>) -> Arc<CountingDevice> {
+        Arc::new(CountingDevice { name, inner, ledger: Mutex::default() })
     }
 
     /// Everything so far, of open and closed queue pairs.

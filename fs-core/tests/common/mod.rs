@@ -105,9 +105,15 @@ pub(crate) struct TestDevice {
 impl TestDevice {
     /// A device of `bytes` as `GAUR_DEVICE` says.
     pub(crate) fn new(bytes: u64) -> TestDevice {
+        TestDevice::in_blocks(bytes, 4096)
+    }
+
+    /// The same, in blocks of `block` bytes if it is in memory and nothing else is asked for.
+    pub(crate) fn in_blocks(bytes: u64, block: u32) -> TestDevice {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let wanted = std::env::var("GAUR_DEVICE").unwrap_or_else(|_| "mem:".to_owned());
         let (uri, file) = match wanted.split_once(':') {
+            Some(("mem", "")) => (format!("mem:{bytes}?block={block}"), None),
             Some(("mem", options)) => (format!("mem:{bytes}{options}"), None),
             Some(("file", rest)) => {
                 let (path, options) = rest.split_once('?').unwrap_or((rest, ""));

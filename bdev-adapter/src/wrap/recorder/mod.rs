@@ -148,16 +148,16 @@ impl Recorder {
     /// # Errors
     /// [`Error::TooLarge`] when its capacity is beyond the limit, [`Error::Io`] when it cannot be read.
     pub fn around(inner: Arc<dyn Device>, options: RecordOptions) -> Result<Arc<Recorder>, Error> {
-        Recorder::around_named(&inner.name().to_owned(), inner, options)
+        Recorder::around_named(inner.name().to_owned(), inner, options)
     }
 
     pub(crate) fn around_named(
-        name: &str,
+        name: String,
         inner: Arc<dyn Device>,
         options: RecordOptions,
     ) -> Result<Arc<Recorder>, Error> {
         let base = read_image(&inner, options.limit)?;
-        Ok(Recorder::named(name.to_owned(), inner, base))
+        Ok(Recorder::named(name, inner, base))
     }
 
     /// Records what happens to `inner` from now on; its present content is `base`.
