@@ -109,7 +109,10 @@ pub(crate) async fn delete(core: &Arc<Core>, io: &Io, name: &[u8]) -> Result<()>
         victim.apply(t)
     })
     .await?;
-    if later { truncate::reap(core, io).await } else { Ok(()) }
+    if later {
+        truncate::reap_or_log(core, io).await;
+    }
+    Ok(())
 }
 
 /// Renames a file; a file of the new name is deleted in the same transaction.
@@ -142,7 +145,10 @@ pub(crate) async fn rename(core: &Arc<Core>, io: &Io, from: &[u8], to: &[u8]) ->
         }
     })
     .await?;
-    if later { truncate::reap(core, io).await } else { Ok(()) }
+    if later {
+        truncate::reap_or_log(core, io).await;
+    }
+    Ok(())
 }
 
 /// A file that is about to lose its name.

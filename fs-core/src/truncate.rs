@@ -174,14 +174,30 @@ async fn drop_step(
     .await
 }
 
-/// Drops the content of every deleted file that nobody has open any more.
+/// Drops the content of every deleted file that nobody has open any more. One that is damaged is left for later, and
+/// keeps no other from going.
+///
+/// # Errors
+/// The first failure.
 pub(crate) async fn reap(core: &Arc<Core>, io: &Io) -> Result<()> {
+    let mut result = Ok(());
+    let mut failed = Vec::new();
     loop {
-        let Some(id) = core.meta.lock().reap.pop() else { return Ok(()) };
+        let Some(id) = core.meta.lock().reap.pop() else { break };
         if let Err(error) = reap_one(core, io, id).await {
-            core.meta.lock().reap.push(id);
-            return Err(error);
+            failed.push(id);
+            result = result.and(Err(error));
         }
+    }
+    core.meta.lock().reap.append(&mut failed);
+    result
+}
+
+/// [`reap`] after a change that is done: what cannot be dropped, which may be another file, is no failure of the change. It is
+/// listed as an orphan, and tried again.
+pub(crate) async fn reap_or_log(core: &Arc<Core>, io: &Io) {
+    if let Err(error) = reap(core, io).await {
+        log::warn!("{}: the space of a deleted file stays in use for now: {error}", core.device.name());
     }
 }
 

@@ -18,7 +18,7 @@ use bdev_adapter::mem::MemDevice;
 use bdev_adapter::wrap::fault::{Effect, Fault, FaultDevice, FaultPlan, Target, When};
 use bdev_adapter::wrap::recorder::Survive;
 use bdev_adapter::{Device, IoErrorKind};
-use common::{MIB, Watchdog, check, fresh, mount, pattern, quiet, seed};
+use common::{MIB, Watchdog, check, difference, fresh, mount, pattern, quiet, seed};
 use fs_core::{Channel, Error, Filesystem, OpenFlags};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
@@ -114,14 +114,18 @@ fn read_all(channel: &Channel) -> Option<Found> {
 
 /// The synced states with which everything that could be read agrees, by number.
 fn agrees_with(found: &Found, states: &[Files]) -> Vec<usize> {
-    let agrees = |files: &Files| {
-        found.keys().eq(files.keys())
-            && found
-                .values()
-                .zip(files.values())
-                .all(|(found, right)| found.as_ref().map_or(true, |f| f == right))
-    };
-    (0..states.len()).filter(|number| agrees(&states[*number])).collect()
+    (0..states.len()).filter(|number| wrong(found, &states[*number]).is_none()).collect()
+}
+
+/// Where what was read contradicts `right`, in words.
+fn wrong(found: &Found, right: &Files) -> Option<String> {
+    if !found.keys().eq(right.keys()) {
+        return Some(format!("names {:?} instead of {:?}", found.keys(), right.keys()));
+    }
+    found.iter().zip(right.values()).find_map(|((name, found), right)| {
+        let what = difference(found.as_ref().ok()?, right)?;
+        Some(format!("{}: {what}", String::from_utf8_lossy(name)))
+    })
 }
 
 /// The base on a device with faults.
@@ -158,7 +162,9 @@ fn rounds(channel: &Channel, seed: u64, run: &mut Run) {
                 usize::from(change(&mut rng, channel, &mut files, round * 10 + step + 100).is_err());
         }
         if let Some(found) = read_all(channel) {
-            assert_eq!(agrees_with(&found, std::slice::from_ref(&files)), [0], "seed {seed}: wrong data");
+            if let Some(why) = wrong(&found, &files) {
+                panic!("{:?}, seed {seed}, round {round}: {why}", run.fault);
+            }
             run.errors += found.values().filter(|result| result.is_err()).count();
         }
         let synced = channel.sync();
