@@ -207,7 +207,8 @@ async fn reap_one(core: &Arc<Core>, io: &Io, id: InodeId) -> Result<()> {
     Ok(())
 }
 
-/// Finishes the work that an earlier mount left.
+/// Finishes the work that an earlier mount left. A deleted file that cannot be read stays where it is until a later mount:
+/// its damage is its own. A truncate must be finished, because what it left would show when the file grows.
 pub(crate) async fn finish_orphans(core: &Arc<Core>, io: &Io) -> Result<()> {
     let mut from = InodeId(0);
     loop {
@@ -216,7 +217,13 @@ pub(crate) async fn finish_orphans(core: &Arc<Core>, io: &Io) -> Result<()> {
         from = InodeId(last.0 + 1);
         for (id, work) in found {
             match work {
-                Work::Delete => reap_one(core, io, id).await?,
+                Work::Delete => match reap_one(core, io, id).await {
+                    Err(error @ (Error::Corrupt { .. } | Error::Io { .. })) if !core.is_read_only() => {
+                        let name = core.device.name();
+                        log::warn!("{name}: the space of deleted {id:?} stays in use: {error}");
+                    }
+                    result => result?,
+                },
                 Work::Truncate => finish_truncate(core, io, id).await?,
             }
         }

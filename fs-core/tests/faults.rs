@@ -442,3 +442,50 @@ fn after_a_flush_that_lied_there_is_an_older_state_or_an_error() {
     println!("lying flushes and power cuts: {lies_after} moments: {tally:?}; seed {seed}");
     assert!(tally.older > 0, "{tally:?}");
 }
+
+#[test]
+fn a_deleted_file_that_is_damaged_keeps_nothing_from_being_mounted() {
+    let seed = seed("a_deleted_file_that_is_damaged");
+    let _watchdog = Watchdog::start("a_deleted_file_that_is_damaged", seed, 300);
+    let base = base();
+    // A file with so many extents that they fill nodes of their own loses its name while it is open, and the power fails.
+    let memory = MemDevice::from_image(&base.image).expect("a device");
+    let fs = mount(&(memory.clone() as Arc<dyn Device>), &quiet());
+    let channel = fs.channel().expect("channel");
+    let file = channel.open("victim", OpenFlags::CREATE).expect("open");
+    for block in 0..600u64 {
+        channel.write(&file, block * 8192, &pattern(block, 4096)).expect("write");
+    }
+    channel.delete("victim").expect("delete");
+    channel.sync().expect("sync");
+    fs.abandon();
+    let base = Base { image: memory.snapshot(), files: base.files };
+    let (mut refused, mut whole, mut n) = (0, 0, 0);
+    loop {
+        n += 1;
+        let plan = FaultPlan::new(seed, vec![Fault::new(Target::Reads, When::Nth(n), Effect::Rot)]);
+        let (_memory, fault) = prepare(&base, plan);
+        let result = Filesystem::mount(fault.clone(), &quiet());
+        if fault.hits() == 0 {
+            break;
+        }
+        let Ok(fs) = result else {
+            refused += 1;
+            continue;
+        };
+        let channel = fs.channel().expect("channel");
+        let found = read_all(&channel).unwrap_or_default();
+        let all = found.len() == base.files.len() && found.values().all(Result::is_ok);
+        whole += usize::from(all && wrong(&found, &base.files).is_none());
+        channel.sync().expect("sync");
+        drop(channel);
+        fs.unmount().expect("unmount");
+    }
+    println!(
+        "rot in one of {} reads of a mount: {refused} mounts refused, {whole} with all other files",
+        n - 1
+    );
+    // The list of what is to be finished itself, if anything.
+    assert!(refused <= 1, "{refused} mounts refused");
+    assert!(whole > 6, "the four superblocks, and nodes of the deleted file alone: {whole}");
+}
