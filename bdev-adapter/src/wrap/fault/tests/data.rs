@@ -165,3 +165,21 @@ fn a_misdirected_write_without_another_place_is_lost() {
     io.write(0, &[1; 4096]).unwrap();
     assert_eq!((raw(&memory, 0)[0], raw(&memory, 4096)[0]), (0, 1));
 }
+
+#[test]
+fn a_misdirected_write_never_touches_its_right_place() {
+    let mut places = std::collections::HashSet::new();
+    for seed in 0..300 {
+        // Little room beside it: blocks 5 to 8 of 16.
+        let memory = MemDevice::new(8192, 512).unwrap();
+        let plan = FaultPlan::new(seed, vec![Fault::new(Target::Writes, When::Nth(1), Effect::Misdirected)]);
+        let device: Arc<dyn Device> = FaultDevice::wrap(memory.clone(), plan);
+        BlockingIo::new(&device).unwrap().write(5 * 512, &[1; 4 * 512]).unwrap();
+        let mut all = [0; 8192];
+        memory.read_raw(0, &mut all).unwrap();
+        let blocks: Vec<_> = (0..16).filter(|block| all[block * 512] == 1).collect();
+        assert!(blocks.len() == 4 && blocks.iter().all(|block| !(5..9).contains(block)), "{blocks:?}");
+        places.insert(blocks[0]);
+    }
+    assert_eq!(places.len(), 2 + 4, "every place that is aligned as it was: {places:?}");
+}
