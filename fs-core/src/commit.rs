@@ -4,7 +4,8 @@
 //!    ([`prepare_space`]); then, with nothing that could stop any more, store the region records ([`store_space`]), seal the
 //!    trees (checksums bottom-up), note roots and counts in a superblock, and open the next generation;
 //! 2. [`write_nodes`]: write the sealed nodes, adjacent ones together;
-//! 3. flush: nodes, and all file data that was written before, are durable;
+//! 3. flush: nodes, and all file data that was written before, are durable. If the device was reset since any of that was
+//!    written, steps 2 and 3 are done again, after what is in the device was looked at ([`recheck`]);
 //! 4. [`write_superblock`] with FUA, near both ends of the device: the generation is durable;
 //! 5. [`finish`]: nodes may be evicted, freed blocks that no reader holds may be reused, waiters go on.
 //!
@@ -21,7 +22,7 @@ use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
-use bdev_adapter::{Hints, Request};
+use bdev_adapter::{Hints, IoErrorKind, Request};
 use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
@@ -30,6 +31,7 @@ use crate::channel::io::{Io, IoHandle};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::File;
+use crate::recheck;
 use crate::records::{TreeKind, inodes, space};
 use crate::superblock::{OnDisk, slot_byte, slots_of};
 use crate::tree::Node;
@@ -40,6 +42,8 @@ use crate::types::{BLOCK_SIZE, BlockAddr, Generation};
 const NODES_PER_WRITE: usize = 64;
 /// Longest wait in a transaction that lacks space for reads that hold what was freed.
 const READERS_WAIT: Duration = Duration::from_secs(1);
+/// Resets of the device that one commit may see before it gives up.
+const RESETS_MAX: u32 = 16;
 /// Node writes in flight.
 const WRITES_IN_FLIGHT: usize = 32;
 
@@ -192,12 +196,13 @@ struct Frozen {
     generation: Generation,
     nodes: Vec<(BlockAddr, Arc<Node>)>,
     superblock: OnDisk,
+    /// The earliest device epoch in which its file data was written.
+    oldest_epoch: u64,
 }
 
 async fn commit(core: &Arc<Core>, io: &Io) -> Result<()> {
     let frozen = transact_in_commit(core, io, freeze).await?;
-    write_nodes(core, io, &frozen.nodes).await?;
-    flush(core, io).await?;
+    make_durable(core, io, &frozen).await?;
     write_superblock(core, io, &frozen).await?;
     finish(core, frozen.generation)
 }
@@ -218,8 +223,9 @@ fn freeze(t: &mut Txn<'_>) -> Result<Frozen, Stop> {
     superblock.free_blocks = free_blocks.into();
     superblock.next_inode = t.meta.next_inode.0.into();
     superblock.files = t.meta.files.into();
+    let oldest_epoch = t.meta.oldest_epoch;
     t.open_next_generation();
-    Ok(Frozen { generation, nodes, superblock })
+    Ok(Frozen { generation, nodes, superblock, oldest_epoch })
 }
 
 /// Stores the inodes of files that changed. Each is a unit of its own.
@@ -295,6 +301,26 @@ fn store_space(t: &mut Txn<'_>) -> Result<u64, Stop> {
     Ok(free)
 }
 
+/// Steps 2 and 3, until all of it happened in one device epoch.
+async fn make_durable(core: &Arc<Core>, io: &Io, frozen: &Frozen) -> Result<()> {
+    let mut data_epoch = frozen.oldest_epoch;
+    for _ in 0..RESETS_MAX {
+        let epoch = core.device.epoch();
+        if data_epoch < epoch {
+            recheck::data(core, io, frozen.generation, &frozen.nodes).await?;
+            data_epoch = epoch;
+        }
+        write_nodes(core, io, &frozen.nodes).await?;
+        core.stats.flushed();
+        match io.call(Request::flush(epoch, 0)).await.0 {
+            Ok(()) => return Ok(()),
+            Err(error) if matches!(error.kind, IoErrorKind::EpochLost { .. }) => {}
+            Err(error) => return Err(Error::io("flushing before a commit", error)),
+        }
+    }
+    Err(Error::corrupt(format!("the device was reset {RESETS_MAX} times in one commit")))
+}
+
 /// Step 2.
 async fn write_nodes(core: &Arc<Core>, io: &Io, nodes: &[(BlockAddr, Arc<Node>)]) -> Result<()> {
     let mut order: Vec<&(BlockAddr, Arc<Node>)> = nodes.iter().collect();
@@ -328,12 +354,6 @@ async fn wait_first(in_flight: &mut VecDeque<IoHandle>) -> Result<()> {
         Some(handle) => handle.await.0.map_err(|e| Error::io("writing metadata nodes", e)),
         None => Ok(()),
     }
-}
-
-/// Step 3. A flush that spans device epochs fails: writes may be lost, and the mount turns read-only.
-async fn flush(core: &Arc<Core>, io: &Io) -> Result<()> {
-    core.stats.flushed();
-    io.call(Request::flush(core.epoch, 0)).await.0.map_err(|e| Error::io("flushing before a commit", e))
 }
 
 /// Step 4. Both copies must arrive.

@@ -45,8 +45,6 @@ pub(crate) struct Core {
     pub(crate) device: Arc<dyn Device>,
     pub(crate) options: MountOptions,
     pub(crate) total_blocks: u64,
-    /// The device epoch since which every write of this mount has completed.
-    pub(crate) epoch: u64,
     pub(crate) meta: Mutex<Meta>,
     pub(crate) gate: Gate,
     pub(crate) holds: Registry,
@@ -75,7 +73,6 @@ impl Core {
         let durable = Generation(superblock.generation.get());
         Core {
             total_blocks: meta.total_blocks,
-            epoch: device.epoch(),
             gate: Gate::new(durable),
             holds: Registry::default(),
             checksums: ChecksumCache::new(options.checksum_cache_bytes),

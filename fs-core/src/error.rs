@@ -94,6 +94,14 @@ pub enum Error {
         /// The checksum of what the device returned.
         found: u32,
     },
+    /// The device was reset, and data that it had taken before is gone.
+    #[error("the device was reset, and lost what was written to {inode:?} at byte {offset} and not synced")]
+    DataLost {
+        /// The file.
+        inode: InodeId,
+        /// Byte offset in the file of a block that is lost.
+        offset: u64,
+    },
     /// A file name has no bytes.
     #[error("a file name must have at least one byte")]
     NameEmpty,

@@ -51,6 +51,7 @@ mod ordered;
 mod pieces;
 mod range_lock;
 mod read;
+mod recheck;
 mod records;
 mod stats;
 mod superblock;

@@ -229,6 +229,7 @@ fn open_meta(sb: &OnDisk, options: &MountOptions) -> Result<Meta> {
         dirty: Vec::new(),
         reap: Vec::new(),
         unpublished: HashSet::new(),
+        oldest_epoch: u64::MAX,
         freed_in: HashSet::new(),
         space_needs: Default::default(),
         space_stored: Default::default(),

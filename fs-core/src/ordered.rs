@@ -18,12 +18,18 @@ pub(crate) type Runs = SmallVec<[Run; 4]>;
 pub(crate) struct Ordered {
     core: Arc<Core>,
     runs: Runs,
+    /// The device epoch before anything was written to them.
+    epoch: u64,
 }
 
 impl Ordered {
     /// Takes over freshly allocated `runs`.
     pub(crate) fn new(core: &Arc<Core>, runs: Runs) -> Ordered {
-        Ordered { core: Arc::clone(core), runs }
+        Ordered { core: Arc::clone(core), runs, epoch: core.device.epoch() }
+    }
+
+    pub(crate) fn epoch(&self) -> u64 {
+        self.epoch
     }
 
     pub(crate) fn runs(&self) -> &[Run] {

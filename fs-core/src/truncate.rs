@@ -72,7 +72,7 @@ pub(crate) async fn truncate_inner(
         }
         if let Some((tail, published)) = published {
             published.unpin(&file.map, &core.checksums);
-            t.published(tail.runs());
+            t.published(tail.ordered());
         }
         pieces::forget_from(&file.map, kept);
         // A file that has lost its name is listed already, for more than this.

@@ -28,7 +28,7 @@ use crate::commit;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::FileInner;
-use crate::ordered::Runs;
+use crate::ordered::{Ordered, Runs};
 use crate::records::inodes::Inode;
 use crate::records::{TreeKind, space};
 use crate::superblock::RootOnDisk;
@@ -121,6 +121,8 @@ pub(crate) struct Meta {
     pub(crate) reap: Vec<InodeId>,
     /// Runs that were allocated and that no tree refers to yet: a commit stores them as free.
     pub(crate) unpublished: HashSet<Run>,
+    /// The earliest device epoch in which file data of the open generation was written; `u64::MAX`: there is none.
+    pub(crate) oldest_epoch: u64,
     /// Regions in which the open generation freed something.
     pub(crate) freed_in: HashSet<RegionId>,
     /// Space records that the commit in progress must bring into place.
@@ -486,10 +488,11 @@ impl Txn<'_> {
     }
 
     /// The trees refer to `runs` now.
-    pub(crate) fn published(&mut self, runs: &[Run]) {
-        for run in runs {
+    pub(crate) fn published(&mut self, ordered: &Ordered) {
+        for run in ordered.runs() {
             self.meta.unpublished.remove(run);
         }
+        self.meta.oldest_epoch = self.meta.oldest_epoch.min(ordered.epoch());
     }
 
     /// Changes the inode of a file in memory; the next commit stores it.
@@ -567,6 +570,7 @@ impl Txn<'_> {
     pub(crate) fn open_next_generation(&mut self) {
         self.meta.generation = Generation(self.meta.generation.0 + 1);
         self.meta.changed = false;
+        self.meta.oldest_epoch = u64::MAX;
         self.meta.freed_in.clear();
         // What the commit was promised and did not take is free for all again; dropping a promise cannot fail.
         let _ = self.meta.alloc.ensure_ready(Stream::Metadata, 0);

@@ -267,6 +267,10 @@ impl Stored {
         self.ordered.runs()
     }
 
+    pub(crate) fn ordered(&self) -> &Ordered {
+        &self.ordered
+    }
+
     /// The trees refer to the blocks now.
     pub(crate) fn finish(self) {
         self.ordered.finish();
@@ -341,7 +345,7 @@ async fn publish(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, stored: Store
         replace.apply(t)?;
         checksums::apply(t, &chunks)?;
         published.unpin(&file.map, &core.checksums);
-        t.published(stored.runs());
+        t.published(stored.ordered());
         t.change_inode(file, |inode| {
             inode.size = inode.size.max(*size);
             inode.extents = inode.extents.wrapping_add_signed(replace.extents);

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bdev_adapter::mem::MemDevice;
 use bdev_adapter::wrap::counters::CountingDevice;
 use bdev_adapter::wrap::fault::{Effect, Fault, FaultDevice, FaultPlan, Target, When};
+use bdev_adapter::wrap::recorder::Survive;
 use bdev_adapter::{Device, IoErrorKind};
 use common::{BLOCK, MIB, Watchdog, check, check_statfs, fresh, mount, pattern, quiet, seed};
 use fs_core::{Channel, Error, FILE_SIZE_MAX, Filesystem, FormatOptions, MountOptions, OpenFlags, format};
@@ -312,14 +313,62 @@ fn a_commit_whose_flush_fails() {
     a_failing_commit(Target::Flushes);
 }
 
+/// A reset that loses nothing costs nothing but reading back what was not flushed.
 #[test]
-fn a_reset_between_write_and_flush_is_reported() {
-    let _watchdog = Watchdog::start("a_reset_between_write_and_flush", 0, 60);
-    let (_memory, faulty, fs, _) = on_faulty();
+fn a_reset_between_write_and_sync() {
+    let _watchdog = Watchdog::start("a_reset_between_write_and_sync", 0, 60);
+    let (memory, faulty, fs, _) = on_faulty();
     let channel = fs.channel().expect("channel");
+    let large = common::pattern(7, 300 * BLOCK as usize + 5);
     put(&channel, "unsynced", b"perhaps lost in the device's cache");
+    put(&channel, "large", &large);
     faulty.reset();
-    assert!(channel.sync().is_err(), "a flush that spans epochs proves nothing");
+    put(&channel, "after", b"in the new epoch");
+    channel.sync().expect("everything was still there");
+    for _ in 0..3 {
+        put(&channel, "again", b"and again");
+        faulty.reset();
+        channel.sync().expect("everything was still there");
+    }
+    drop((channel, fs));
+    let device: Arc<dyn Device> = memory;
+    let fs = common::mount(&device, &quiet());
+    let channel = fs.channel().expect("channel");
+    assert_eq!(get(&channel, "unsynced").expect("there"), b"perhaps lost in the device's cache");
+    assert!(get(&channel, "large").expect("there") == large);
+    assert_eq!(get(&channel, "again").expect("there"), b"and again");
+    check(&fs, &channel);
+}
+
+/// A reset that loses what was not flushed is reported by the next sync, and what was synced before is there.
+#[test]
+fn a_reset_that_loses_the_cache_is_reported() {
+    let _watchdog = Watchdog::start("a_reset_that_loses_the_cache", 0, 60);
+    for large in [false, true] {
+        let memory = MemDevice::new(64 * MIB, BLOCK as u32).expect("a device");
+        let mut plan = FaultPlan::default();
+        plan.volatile = true;
+        let faulty = FaultDevice::wrap(memory.clone(), plan);
+        let device: Arc<dyn Device> = faulty.clone();
+        let fs = common::fresh(&device, &quiet());
+        let channel = fs.channel().expect("channel");
+        put(&channel, "kept", b"synced");
+        channel.sync().expect("a sync");
+        let len = if large { 100 * BLOCK as usize } else { 20 };
+        put(&channel, "lost", &common::pattern(3, len));
+        faulty.power_cut(Survive::Nothing).expect("the cut");
+        faulty.restore();
+        let error = channel.sync().expect_err("the data is gone");
+        assert!(matches!(error, Error::DataLost { .. }), "{error}");
+        assert!(matches!(channel.create("more"), Err(Error::ReadOnly { .. })), "nothing more is written");
+        drop((channel, fs, device, faulty));
+        let device: Arc<dyn Device> = memory;
+        let fs = common::mount(&device, &quiet());
+        let channel = fs.channel().expect("channel");
+        assert_eq!(get(&channel, "kept").expect("there"), b"synced");
+        assert!(matches!(get(&channel, "lost"), Err(Error::NotFound { .. })));
+        check(&fs, &channel);
+    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use super::{TreeKind, value_of};
+use super::{TreeKind, key_u64, value_of};
 use crate::txn::{Stop, Txn};
 use crate::types::Run;
 
@@ -95,6 +95,21 @@ impl Plan {
     pub(crate) fn len(&self) -> usize {
         self.0.len()
     }
+}
+
+/// The checksums of a chunk.
+pub(crate) struct Chunk(OnDisk);
+
+impl Chunk {
+    /// The checksum of block `index` of the chunk.
+    pub(crate) fn sum(&self, index: u64) -> Option<u32> {
+        (self.0.present.get() >> index & 1 == 1).then(|| self.0.sums[index as usize].get())
+    }
+}
+
+/// A record of the tree: the chunk's number and its checksums.
+pub(crate) fn parse(key: &[u8], value: &[u8]) -> Result<(u64, Chunk), Stop> {
+    Ok((key_u64(TreeKind::Checksums, key, 0)?, Chunk(value_of(TreeKind::Checksums, value)?)))
 }
 
 /// The checksums of `run`; `None` where none is stored.

@@ -108,6 +108,12 @@ fn parse_key(key: &[u8]) -> Result<(InodeId, FileBlock), Stop> {
     Ok((InodeId(key_u64(TreeKind::Extents, key, 0)?), FileBlock(key_u64(TreeKind::Extents, key, 8)?)))
 }
 
+/// A record of the tree: its file and its extent.
+pub(crate) fn parse(limits: Limits, key: &[u8], value: &[u8]) -> Result<(InodeId, Extent), Stop> {
+    let (id, at) = parse_key(key)?;
+    Ok((id, Extent::parse(limits, at, value)?))
+}
+
 /// The extents of `id` that overlap `[start, end)`, whole, in order; at most `max`.
 pub(crate) fn overlapping(
     t: &mut Txn<'_>,
@@ -259,14 +265,11 @@ pub(crate) fn scan_all(
 ) -> Result<(), Stop> {
     let mut bad = None;
     let limits = t.limits();
-    t.scan(TreeKind::Extents, &key(id, at), |k, value| {
-        let parsed = parse_key(k).and_then(|(id, at)| Ok((id, Extent::parse(limits, at, value)?)));
-        match parsed {
-            Ok((id, extent)) => visit(id, extent),
-            Err(stop) => {
-                bad = Some(stop);
-                false
-            }
+    t.scan(TreeKind::Extents, &key(id, at), |k, value| match parse(limits, k, value) {
+        Ok((id, extent)) => visit(id, extent),
+        Err(stop) => {
+            bad = Some(stop);
+            false
         }
     })?;
     bad.map_or(Ok(()), Err)
