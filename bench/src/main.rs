@@ -3,6 +3,7 @@
 //! - [`demo`] is the main job: a real tree goes in, is changed, and is verified after a remount.
 //! - [`tools`] are the everyday commands on a device: `mkfs`, `ls`, `cp`, `cat`, `rm`, `df`, `check`.
 //! - [`run`] measures one workload, like fio; [`compare`] measures figures side by side with their peers.
+//! - [`powercut`] writes and syncs until the power fails, and verifies what is left.
 //! - Below them: [`transfer`] (many files in and out at once), [`flight`] (many operations on one channel), [`lane`] (one
 //!   loop over a file or the bare device), [`session`] (devices and mounts), [`source`] (trees of the host), [`out`],
 //!   [`units`], [`sys`], [`failure`].
@@ -15,6 +16,7 @@ mod failure;
 mod flight;
 mod lane;
 mod out;
+mod powercut;
 mod run;
 mod session;
 mod source;
@@ -57,6 +59,8 @@ enum Command {
     Run(run::RunArgs),
     /// Measure figures side by side with their peers
     Compare(compare::CompareArgs),
+    /// Write and sync until the power fails; verify what is left
+    Powercut(powercut::PowercutArgs),
     /// Make a filesystem
     Mkfs(tools::mkfs::MkfsArgs),
     /// List files
@@ -95,6 +99,7 @@ fn dispatch(command: &Command) -> Result<()> {
         Command::Demo(args) => demo::run(args),
         Command::Run(args) => run::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Powercut(args) => powercut::run(args),
         Command::Mkfs(args) => tools::mkfs::run(args),
         Command::Ls(args) => tools::ls::run(args),
         Command::Cp(args) => tools::cp::run(args),
