@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# The tests that want an NVMe controller, in a guest that has one (scripts/guest.sh): SPDK's NVMe driver over PCIe.
+#
+#   scripts/guest-tests.sh pack          packs the programs that `cargo test` built with SPDK, for the others
+#   scripts/guest-tests.sh conformance   the conformance suite on a namespace of 512-byte and one of 4096-byte sectors
+#   scripts/guest-tests.sh demo          a small demo
+#   scripts/guest-tests.sh powercut [OPTION]...
+#                                        power cuts; options are those of scripts/powercut.sh (--cuts 20, --seed 7)
+#   scripts/guest-tests.sh liar          power cuts with a drive that lies about flushes: must go red
+#
+#   GAUR_GUEST_DEVICE=URI   the device in the guest; `%N` becomes the number of the namespace
+#
+# The programs, in the build directory, by the one command that scripts/test.sh uses too:
+#   cargo test --locked -p bdev-adapter -p bench --features bdev-adapter/spdk,bench/spdk --no-run
+
+set -euo pipefail
+export LC_ALL=C
+# shellcheck source=scripts/lib.sh
+. "$(dirname "$0")/lib.sh"
+
+DEVICE="${GAUR_GUEST_DEVICE:-spdk-nvme:pcie:0000:00:04.0?ns=%N}"
+PACK="$(target_dir)/guest-pack.cpio"
+readonly DEVICE PACK
+# Emulation is some ten times slower than the machine.
+readonly CONFORMANCE_LIMIT_S=600 DEMO_LIMIT_S=300
+
+IMAGES="$(mktemp -d "${TMPDIR:-$(target_dir)}/gaur-guest-disks.XXXXXX")"
+trap 'rm -rf "$IMAGES"' EXIT
+
+device() { printf '%s' "${DEVICE//%N/$1}"; }
+
+# A sparse image of $2 in $IMAGES/$1.
+image() {
+  truncate -s "$2" "$IMAGES/$1"
+  printf '%s' "$IMAGES/$1"
+}
+
+# What cargo built last of the test program $1.
+test_program() {
+  local path
+  path="$(find "$(target_dir)/debug/deps" -maxdepth 1 -type f -executable -name "$1-*" -printf '%T@ %p\n' | sort -rn |
+    head -n 1 | cut -d' ' -f2-)"
+  [ -n "$path" ] || die "the test program $1 is not built" \
+    "cargo test --locked -p bdev-adapter -p bench --features bdev-adapter/spdk,bench/spdk --no-run"
+  printf '%s' "$path"
+}
+
+pack() {
+  local conformance
+  conformance="$(test_program conformance_nvme)"
+  [ -x "$(target_dir)/debug/bench" ] || die "there is no $(target_dir)/debug/bench"
+  # The demo's files are sources of this project: real ones, and everybody has them.
+  scripts/guest.sh pack "$PACK" --program "$conformance=conformance" --program "$(target_dir)/debug/bench" \
+    --tree fs-core/src=files/fs-core --tree bdev-adapter/src=files/bdev-adapter \
+    --file scripts/guest-nvme.json=nvme.json
+}
+
+need_pack() { [ -e "$PACK" ] || pack; }
+
+conformance() {
+  need_pack
+  local namespace
+  for namespace in 1 2; do
+    note "namespace $namespace"
+    scripts/guest.sh run --pack "$PACK" --disk "$(image small 128M)" --disk "$(image large 128M),4096" \
+      --time-limit "$CONFORMANCE_LIMIT_S" -- \
+      env GAUR_REQUIRE_NVME=1 "GAUR_NVME_URI=$(device "$namespace")" conformance --test-threads=1
+  done
+}
+
+demo() {
+  need_pack
+  scripts/guest.sh run --pack "$PACK" --disk "$(image small 16M)" --disk "$(image demo 256M),4096" \
+    --time-limit "$DEMO_LIMIT_S" -- \
+    bench demo --device "$(device 2)" --import /files --max-files 100 --max-bytes 8MiB --probe-time 500ms
+}
+
+powercut() {
+  need_pack
+  scripts/powercut.sh --pack "$PACK" --device "$(device 1)" "$@"
+}
+
+# A test that cannot fail proves nothing: with flushes that do nothing, something must be missed within a few cuts.
+liar() {
+  need_pack
+  local log="$IMAGES/liar.log" seed
+  if scripts/powercut.sh --pack "$PACK" --device "$(device 1)" --lie --cuts 6 "$@" >"$log" 2>&1; then
+    cat "$log"
+    die "six cuts of a drive that lies about its flushes, and nothing was missed"
+  fi
+  cat "$log"
+  grep -qE 'FAILED: .*(LOST|cannot mount|is not round|the check found)' "$log" || die "it failed, but not because something was missed"
+  note "noticed, as it must be"
+  seed="$(sed -n 's/.*replay with --seed \([0-9]*\)$/\1/p' "$log" | head -n 1)"
+  rm -rf "$(target_dir)/guest-logs/powercut-$seed"
+}
+
+case "${1:-}" in
+  pack | conformance | demo | powercut | liar) "$@" ;;
+  *)
+    sed -n '2,/^$/ s/^# \{0,1\}//p' "$0"
+    [ "${1:-}" = --help ] || exit 2
+    ;;
+esac
