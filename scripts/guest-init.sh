@@ -50,5 +50,9 @@ for device in /sys/bus/pci/devices/*; do
   fi
 done
 
-sh /command
-finish "$?"
+# Through a pipe, so that programs do not take the console for somebody's terminal.
+{
+  sh /command
+  echo "$?" >/run/status
+} 2>&1 | cat
+finish "$(cat /run/status)"

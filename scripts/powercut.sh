@@ -10,6 +10,8 @@
 #   --seed N        of the workload, of the moments, and of what survives in the drive's cache (default: random, printed)
 #   --size SIZE     of the drive (default 128M: small, so that blocks come round and are used again)
 #   --sector BYTES  of the drive, 512 or 4096 (default 512)
+#   --fua           let the filesystem use FUA. QEMU 7.2 takes the bit and ignores it, so this run must go red there; without the
+#                   option FUA becomes a write and a flush
 #   --lie           the drive acknowledges flushes and FUA without doing them. The run must go red; if it does not, the
 #                   test is worth nothing
 #
@@ -32,7 +34,7 @@ export LC_ALL=C
 readonly DELAY_MS_MAX=3000
 readonly READY_LIMIT_S=120
 
-PACK='' DEVICE='spdk-nvme:pcie:0000:00:04.0' CUTS=3 SEED='' SIZE=128M SECTOR=512 LIE=()
+PACK='' DEVICE='spdk-nvme:pcie:0000:00:04.0' CUTS=3 SEED='' SIZE=128M SECTOR=512 LIE=() FUA=(--no-fua)
 while [ $# -gt 0 ]; do
   case "$1" in
     --help | -h)
@@ -41,6 +43,11 @@ while [ $# -gt 0 ]; do
       ;;
     --lie)
       LIE=(--lie)
+      shift
+      continue
+      ;;
+    --fua)
+      FUA=()
       shift
       continue
       ;;
@@ -109,7 +116,7 @@ boot() {
     sleep 0.02
   done
   scripts/guest.sh run --pack "$PACK" --disk "nbd:unix:$SOCKETS/drive,$SECTOR" --time-limit 300 --log "$LOG" \
-    --pid-file "$SOCKETS/qemu.pid" -- bench powercut "$@" >"$WORK/guest-$number.log" 2>&1 </dev/null &
+    --pid-file "$SOCKETS/qemu.pid" -- bench powercut "$@" "${FUA[@]}" >"$WORK/guest-$number.log" 2>&1 </dev/null &
   GUEST_PID=$!
 }
 
