@@ -3,7 +3,7 @@
 # ARGS is passed on: make run ARGS='--import ~/src --seed 7'
 
 .DEFAULT_GOAL := help
-.PHONY: help run test spdk run-spdk long bench
+.PHONY: help run test spdk run-spdk guest long bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ spdk: ## get, verify, build and install SPDK, outside of this directory
 
 run-spdk: ## the demo on an SPDK malloc bdev of 2 GiB; gets SPDK if it is missing, needs huge pages
 	@scripts/demo.sh spdk $(ARGS)
+
+guest: ## NVMe over PCIe and power cuts, in a QEMU guest with an emulated controller; needs SPDK, but no root
+	@scripts/guest-tests.sh all $(ARGS)
 
 long: ## the long forms of the randomised tests
 	@scripts/long.sh $(ARGS)

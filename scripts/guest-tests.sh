@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # The tests that want an NVMe controller, in a guest that has one (scripts/guest.sh): SPDK's NVMe driver over PCIe.
 #
-#   scripts/guest-tests.sh pack          packs the programs that `cargo test` built with SPDK, for the others
+#   scripts/guest-tests.sh all           builds and packs the programs, runs all that follow, and prints a table
+#   scripts/guest-tests.sh build         builds the programs, with SPDK
+#   scripts/guest-tests.sh pack          packs them for the guest
 #   scripts/guest-tests.sh conformance   the conformance suite on a namespace of 512-byte and one of 4096-byte sectors
 #   scripts/guest-tests.sh demo          a small demo
 #   scripts/guest-tests.sh powercut [OPTION]...
-#                                        power cuts; options are those of scripts/powercut.sh (--cuts 20, --seed 7)
+#                                        power cuts; options are those of scripts/powercut.sh (--cuts 20, --seed 7).
+#                                        `all` takes them too
 #   scripts/guest-tests.sh liar          power cuts with a drive that lies about flushes: must go red
 #
 #   GAUR_GUEST_DEVICE=URI   the device in the guest; `%N` becomes the number of the namespace
 #
-# The programs, in the build directory, by the one command that scripts/test.sh uses too:
-#   cargo test --locked -p bdev-adapter -p bench --features bdev-adapter/spdk,bench/spdk --no-run
+# The parts take the programs as they were packed last. No root, no huge pages of the host.
 
 set -euo pipefail
 export LC_ALL=C
@@ -40,9 +42,14 @@ test_program() {
   local path
   path="$(find "$(target_dir)/debug/deps" -maxdepth 1 -type f -executable -name "$1-*" -printf '%T@ %p\n' | sort -rn |
     head -n 1 | cut -d' ' -f2-)"
-  [ -n "$path" ] || die "the test program $1 is not built" \
-    "cargo test --locked -p bdev-adapter -p bench --features bdev-adapter/spdk,bench/spdk --no-run"
+  [ -n "$path" ] || die "the test program $1 is not built" "$0 build"
   printf '%s' "$path"
+}
+
+# Features and crates are those of scripts/test.sh, so that nothing is built twice.
+build() {
+  spdk_is_there || die "SPDK is not installed" "make spdk"
+  cargo test --locked -p spdk-sys -p bdev-adapter -p fs-core -p bench --features "bdev-adapter/spdk,bench/spdk" --no-run
 }
 
 pack() {
@@ -95,8 +102,20 @@ liar() {
   rm -rf "$(target_dir)/guest-logs/powercut-$seed"
 }
 
+all() {
+  begin_steps guest-test-logs
+  step "guest: image" scripts/guest.sh build
+  step "guest: programs" "$0" build
+  step "guest: pack" "$0" pack
+  step "guest: conformance over NVMe" "$0" conformance || true
+  step "guest: demo over NVMe" "$0" demo || true
+  step "guest: power cuts" "$0" powercut "$@" || true
+  step "guest: a lying drive is noticed" "$0" liar || true
+  finish_steps
+}
+
 case "${1:-}" in
-  pack | conformance | demo | powercut | liar) "$@" ;;
+  all | build | pack | conformance | demo | powercut | liar) "$@" ;;
   *)
     sed -n '2,/^$/ s/^# \{0,1\}//p' "$0"
     [ "${1:-}" = --help ] || exit 2

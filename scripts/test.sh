@@ -123,11 +123,28 @@ spdk_tests() {
     # What can be had without: it compiles, links, and the bindings agree with the headers.
     step "build with SPDK" cargo test --locked "${crates[@]}" "${features[@]}" --no-run
     step "tests of spdk-sys" cargo test --locked --no-fail-fast -p spdk-sys
+    guest_tests
     return
   fi
   # From here on a test that finds no huge pages is a failure, not one that passes because it did nothing.
   step "tests with SPDK" env GAUR_REQUIRE_SPDK=1 cargo test --locked --no-fail-fast "${crates[@]}" "${features[@]}"
   step "demo on an SPDK malloc bdev" "$(target_dir)/debug/bench" "${DEMO[@]}" --device "$SPDK_DEVICE"
+  guest_tests
+}
+
+# SPDK's NVMe driver over PCIe, in a virtual machine with an emulated controller: what was built above, packed. It needs
+# neither root nor huge pages of this machine.
+guest_tests() {
+  if ! may_install && ! { have qemu-system-x86_64 && have cpio && have apt-get; }; then
+    skip spdk "tests in a guest" "QEMU, cpio or apt-get is missing, and this user may not install Debian packages"
+    return
+  fi
+  step "guest: image" scripts/guest.sh build || return
+  step "guest: pack" scripts/guest-tests.sh pack || return
+  step "guest: conformance over NVMe" scripts/guest-tests.sh conformance
+  step "guest: demo over NVMe" scripts/guest-tests.sh demo
+  step "guest: power cuts" scripts/guest-tests.sh powercut
+  step "guest: a lying drive is noticed" scripts/guest-tests.sh liar
 }
 
 get_spdk() {

@@ -7,7 +7,7 @@
 //! QEMU needs: one connection, one export, reads, writes, FUA and flushes.
 
 use std::fs::OpenOptions;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use super::cache::Cache;
 use crate::failure::{Doing, Failure, Result};
 use crate::out::Out;
+use crate::units;
 
 /// How long the drive waits for its machine.
 const CONNECT_LIMIT: Duration = Duration::from_secs(60);
@@ -67,6 +68,9 @@ pub(super) struct DriveArgs {
     /// Bytes that are never torn
     #[arg(long, value_name = "BYTES", default_value_t = 512)]
     sector: u32,
+    /// How long a flush takes. While it lasts, what it is to make durable is not
+    #[arg(long, value_name = "TIME", default_value = "2ms", value_parser = units::parse_time)]
+    flush_time: Duration,
     /// Acknowledge flushes and FUA without doing them, to see that it is noticed
     #[arg(long)]
     lie: bool,
@@ -91,7 +95,7 @@ pub(super) fn run(args: &DriveArgs) -> Result<()> {
     let size = medium.metadata().doing(image())?.len();
     let mut cache = Cache::new(medium, args.sector as usize, args.lie);
     let mut stream = accept(args)?;
-    let end = serve(&mut stream, &mut cache, size, args.sector).doing("serve the image")?;
+    let end = serve(&mut stream, &mut cache, size, args).doing("serve the image")?;
     let counts = cache.counts;
     let what = match end {
         End::Goodbye => {
@@ -142,10 +146,10 @@ fn accept(args: &DriveArgs) -> Result<UnixStream> {
 }
 
 /// Serves one connection to its end.
-fn serve(stream: &mut UnixStream, cache: &mut Cache, size: u64, sector: u32) -> io::Result<End> {
+fn serve(stream: &mut UnixStream, cache: &mut Cache, size: u64, args: &DriveArgs) -> io::Result<End> {
     let mut reader = BufReader::with_capacity(1 << 20, stream.try_clone()?);
-    let served = handshake(&mut reader, stream, size, sector).and_then(|wanted| {
-        if wanted { transmission(&mut reader, stream, cache, size, sector) } else { Ok(End::Goodbye) }
+    let served = handshake(&mut reader, stream, size, args.sector).and_then(|wanted| {
+        if wanted { transmission(&mut reader, stream, cache, size, args) } else { Ok(End::Goodbye) }
     });
     match served {
         // A killed client resets the connection, or just ends it, wherever it was.
@@ -219,11 +223,11 @@ fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
 }
 
 fn transmission(
-    reader: &mut impl Read,
+    reader: &mut BufReader<UnixStream>,
     stream: &mut UnixStream,
     cache: &mut Cache,
     size: u64,
-    sector: u32,
+    args: &DriveArgs,
 ) -> io::Result<End> {
     let mut data = Vec::new();
     loop {
@@ -240,11 +244,16 @@ fn transmission(
             // Whole, before any of it is in the cache: a request that was cut off never came.
             reader.read_exact(&mut data)?;
         }
-        let aligned = (offset | u64::from(len)) & u64::from(sector - 1) == 0;
+        let aligned = (offset | u64::from(len)) & u64::from(args.sector - 1) == 0;
         let inside = offset.checked_add(u64::from(len)).is_some_and(|end| end <= size);
         let done = match command {
             COMMAND_DISCONNECT => return Ok(End::Goodbye),
-            COMMAND_FLUSH => cache.flush().map_err(|_| EIO),
+            COMMAND_FLUSH => {
+                if !powered(reader, args.flush_time)? {
+                    return Ok(End::PowerCut);
+                }
+                cache.flush().map_err(|_| EIO)
+            }
             _ if !aligned || !inside => Err(EINVAL),
             COMMAND_READ => cache.read(offset, &mut data).map_err(|_| EIO),
             COMMAND_WRITE => cache.write(offset, &data, flags & COMMAND_FUA != 0).map_err(|_| EIO),
@@ -258,6 +267,25 @@ fn transmission(
         }
         stream.write_all(&reply)?;
     }
+}
+
+/// Waits for as long as a flush takes. False when the power fails meanwhile.
+fn powered(reader: &mut BufReader<UnixStream>, time: Duration) -> io::Result<bool> {
+    let started = Instant::now();
+    if !time.is_zero() {
+        reader.get_ref().set_read_timeout(Some(time))?;
+        let alive = match reader.fill_buf() {
+            Ok(waiting) => !waiting.is_empty(),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => true,
+            Err(error) => return Err(error),
+        };
+        reader.get_ref().set_read_timeout(None)?;
+        if !alive {
+            return Ok(false);
+        }
+        std::thread::sleep(time.saturating_sub(started.elapsed()));
+    }
+    Ok(true)
 }
 
 fn garbage(what: &str) -> io::Error {
