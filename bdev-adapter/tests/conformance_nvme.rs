@@ -62,8 +62,10 @@ fn target(turn: Turn) -> Target {
     Target {
         open: Box::new(move |options: &OpenOptions| open(&uri, options)),
         persistent: true,
-        // SPDK's bdev layer hands the controller memory that it cannot reach.
-        foreign_buffers: !turn.uri.starts_with("spdk-bdev:"),
+        // These controllers reach only memory of the device's own pool.
+        foreign_buffers: !["spdk-nvme:pcie:", "spdk-nvme:rdma:", "spdk-bdev:"]
+            .iter()
+            .any(|backend| turn.uri.contains(backend)),
         keep: Box::new(turn),
     }
 }
