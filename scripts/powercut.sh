@@ -15,6 +15,8 @@
 #   --lie           the drive acknowledges flushes and FUA without doing them. The run must go red; if it does not, the
 #                   test is worth nothing
 #
+# Three of four cuts come at a command that the drive counts, as likely at one as at another; the rest at some time.
+#
 # The drive is `bench powercut drive`: it keeps completed writes in a cache, until a flush. When QEMU is killed it sees its
 # connection end, loses the cache but for a part drawn from the seed, and tears writes at sectors. (A killed QEMU over a plain
 # image proves less: whatever reached the host's page cache is still there, flushed or not.)
@@ -33,8 +35,10 @@ export LC_ALL=C
 # A cut comes at most so long after the first acknowledgement.
 readonly DELAY_MS_MAX=3000
 readonly READY_LIMIT_S=120
+# A cut comes at most so many writes and flushes after a boot. Making the filesystem takes some.
+readonly COMMANDS_MAX=300 COMMANDS_TO_FORMAT=40
 
-PACK='' DEVICE='spdk-nvme:pcie:0000:00:04.0' CUTS=3 SEED='' SIZE=128M SECTOR=512 LIE=() FUA=(--no-fua)
+PACK='' DEVICE='spdk-nvme:pcie:0000:00:04.0' CUTS=3 SEED='' SIZE=128M SECTOR=512 LIE=() CUT_AFTER=() FUA=(--no-fua)
 while [ $# -gt 0 ]; do
   case "$1" in
     --help | -h)
@@ -108,7 +112,7 @@ boot() {
   LOG="$WORK/boot-$number.log"
   : >"$LOG"
   "$BENCH" powercut drive --image "$IMAGE" --socket "$SOCKETS/drive" --seed "$((SEED + number))" --sector "$SECTOR" \
-    "${LIE[@]}" >"$WORK/drive-$number.log" 2>&1 </dev/null &
+    "${LIE[@]}" "${CUT_AFTER[@]}" >"$WORK/drive-$number.log" 2>&1 </dev/null &
   DRIVE_PID=$!
   until [ -S "$SOCKETS/drive" ]; do
     waited=$((waited + 1))
@@ -138,43 +142,63 @@ drop_unfinished_line() {
   if [ -s "$LOG" ] && [ "$(tail -c 1 "$LOG" | wc -l)" -eq 0 ]; then sed -i '$d' "$LOG"; fi
 }
 
-wait_for_acknowledgement() {
+# Waits until file $2 of boot $1 has a line that begins with $3.
+wait_for() {
   local began=$SECONDS
-  until grep -q '^powercut: durable ' "$LOG"; do
-    if ! kill -0 "$GUEST_PID" 2>/dev/null; then fail "boot $1 ended by itself: $(tail -n 3 "$LOG" | tr '\n\r' '; ')"; fi
-    [ $((SECONDS - began)) -lt "$READY_LIMIT_S" ] || fail "boot $1 acknowledged nothing within $READY_LIMIT_S s"
+  until grep -q "^$3" "$2"; do
+    if ! kill -0 "$GUEST_PID" 2>/dev/null; then fail "boot $1 ended by itself: $(end_of_console)"; fi
+    [ $((SECONDS - began)) -lt "$READY_LIMIT_S" ] || fail "boot $1: no '$3' within $READY_LIMIT_S s: $(end_of_console)"
     sleep 0.02
   done
 }
+
+end_of_console() { grep -v '^gaur-guest:\|reboot:' "$LOG" | tail -n 3 | tr '\n\r' '; '; }
 
 sleep_ms() { sleep "$(printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000)))"; }
 
 acked=0 syncs=0 beyond=0 began=$SECONDS
 printf 'powercut: %d cuts, %s, sectors of %s bytes, replay with --seed %s\n' "$CUTS" "$DEVICE" "$SECTOR" "$SEED"
+
+# The round that the last boot found, or nothing when the cut came before it could say so.
+verified() { sed -n 's/^powercut: verified \([0-9]*\) .*/\1/p' "$LOG"; }
+
+# What the console of a boot says, into the sums. What was found on the medium is durable as well.
+count() {
+  local found now
+  found="$(verified)"
+  now="$(acknowledged)"
+  beyond=$((beyond + ${found:-$acked} - acked))
+  acked="${found:-$acked}"
+  syncs=$((syncs + ${now:-$acked} - acked))
+  acked="${now:-$acked}"
+}
+
 for cut in $(seq 1 "$CUTS"); do
   begin=(--acked "$acked")
-  if [ "$cut" -eq 1 ]; then begin=(--format); fi
-  delay=$((RANDOM * DELAY_MS_MAX / 32768))
+  at=$((1 + RANDOM % COMMANDS_MAX)) delay=$((RANDOM * DELAY_MS_MAX / 32768))
+  if [ "$cut" -eq 1 ]; then begin=(--format) at=$((at + COMMANDS_TO_FORMAT)); fi
+  CUT_AFTER=(--cut-after "$at") moment="at command $at"
+  if [ $((RANDOM % 4)) -eq 0 ]; then CUT_AFTER=() moment="after $delay ms"; fi
   boot "$cut" write --device "$DEVICE" --seed "$SEED" "${begin[@]}"
-  wait_for_acknowledgement "$cut"
-  sleep_ms "$delay"
+  if [ ${#CUT_AFTER[@]} -gt 0 ]; then
+    wait_for "$cut" "$WORK/drive-$cut.log" 'drive: '
+  else
+    wait_for "$cut" "$LOG" 'powercut: durable '
+    sleep_ms "$delay"
+  fi
   kill_qemu
   status=0
   ended "$cut" || status=$?
-  [ "$status" -eq 126 ] || fail "boot $cut ended by itself, status $status: $(tail -n 3 "$LOG" | tr '\n\r' '; ')"
+  [ "$status" -eq 126 ] || fail "boot $cut ended by itself, status $status: $(end_of_console)"
   drop_unfinished_line
-  before="$acked"
-  acked="$(acknowledged)"
-  found="$(sed -n 's/^powercut: verified \([0-9]*\) .*/\1/p' "$LOG")"
-  beyond=$((beyond + ${found:-$before} - before))
-  syncs=$((syncs + acked - ${found:-0}))
-  printf '  cut %d after %d ms: %s; acknowledged: %d\n' "$cut" "$delay" "$(tail -n 1 "$WORK/drive-$cut.log")" "$acked"
+  count
+  printf '  cut %d %s: %s; acknowledged: %d\n' "$cut" "$moment" "$(tail -n 1 "$WORK/drive-$cut.log")" "$acked"
 done
+CUT_AFTER=()
 last=$((CUTS + 1))
 boot "$last" verify --device "$DEVICE" --seed "$SEED" --acked "$acked"
-ended "$last" || fail "the last verification: $(grep -v '^gaur-guest\|reboot:' "$LOG" | tail -n 3 | tr '\n\r' '; ')"
-found="$(sed -n 's/^powercut: verified \([0-9]*\) .*/\1/p' "$LOG")"
-beyond=$((beyond + found - acked))
+ended "$last" || fail "the last verification: $(end_of_console)"
+count
 printf 'powercut: %d cuts, %d syncs acknowledged, none lost; %d more were whole without being acknowledged; %d s\n' \
   "$CUTS" "$syncs" "$beyond" $((SECONDS - began))
 rm -rf "$WORK"

@@ -21,6 +21,8 @@ pub(super) enum Survive {
     None,
     /// The oldest writes, up to some point: a drive that writes in order.
     Oldest,
+    /// The newest writes, from some point on.
+    Newest,
     /// Whole writes, each or not.
     Writes,
     /// Sectors, each or not: writes are torn.
@@ -129,15 +131,14 @@ impl Cache {
     /// The power fails. What survives follows from the seed.
     pub(super) fn cut(&mut self, seed: u64) -> io::Result<Cut> {
         let mut rng = SmallRng::seed_from_u64(seed);
-        let survive =
-            [Survive::None, Survive::Oldest, Survive::Writes, Survive::Sectors][rng.random_range(0..4)];
+        let survive = [Survive::None, Survive::Oldest, Survive::Newest, Survive::Writes, Survive::Sectors]
+            [rng.random_range(0..5)];
         let writes: BTreeSet<u64> = self.cached.values().flatten().map(|version| version.write).collect();
         let share = rng.random_range(0.05..0.95);
+        let some = (writes.len() as f64 * share).ceil() as usize;
         let kept_writes: BTreeSet<u64> = match survive {
-            Survive::Oldest => {
-                let count = (writes.len() as f64 * share) as usize;
-                writes.iter().copied().take(count).collect()
-            }
+            Survive::Oldest => writes.iter().copied().take(some).collect(),
+            Survive::Newest => writes.iter().copied().rev().take(some).collect(),
             Survive::Writes => writes.iter().copied().filter(|_| rng.random_bool(share)).collect(),
             Survive::None | Survive::Sectors => BTreeSet::new(),
         };

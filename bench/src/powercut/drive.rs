@@ -1,7 +1,7 @@
 //! `bench powercut drive`: an image, served over NBD as a drive with a volatile write cache ([`super::cache`]).
 //!
 //! QEMU is the client and puts an NVMe controller before it. When the connection ends without a goodbye, because QEMU was
-//! killed, that is the power cut. With one, the machine was switched off, and the cache is written back.
+//! killed, that is the power cut (or it comes earlier, at a given command: `--cut-after`). With a goodbye, the machine was switched off, and the cache is written back.
 //!
 //! Of the NBD protocol (the "fixed newstyle" of its specification, <https://github.com/NetworkBlockDevice/nbd>) it speaks what
 //! QEMU needs: one connection, one export, reads, writes, FUA and flushes.
@@ -71,6 +71,9 @@ pub(super) struct DriveArgs {
     /// How long a flush takes. While it lasts, what it is to make durable is not
     #[arg(long, value_name = "TIME", default_value = "2ms", value_parser = units::parse_time)]
     flush_time: Duration,
+    /// Let the power fail when so many writes and flushes have come: the last is not answered, nor is anything after it
+    #[arg(long, value_name = "N")]
+    cut_after: Option<u64>,
     /// Acknowledge flushes and FUA without doing them, to see that it is noticed
     #[arg(long)]
     lie: bool,
@@ -115,7 +118,10 @@ pub(super) fn run(args: &DriveArgs) -> Result<()> {
         "drive: {} reads, {} writes ({} with FUA), {} flushes; {what}",
         counts.reads, counts.writes, counts.fua_writes, counts.flushes
     ))?;
-    out.flush()
+    out.flush()?;
+    // A machine without power gets no answer, not even a broken connection, until it is killed itself.
+    let _ = io::copy(&mut stream, &mut io::sink());
+    Ok(())
 }
 
 /// Waits for the one connection.
@@ -246,6 +252,11 @@ fn transmission(
         }
         let aligned = (offset | u64::from(len)) & u64::from(args.sector - 1) == 0;
         let inside = offset.checked_add(u64::from(len)).is_some_and(|end| end <= size);
+        let last = matches!(command, COMMAND_WRITE | COMMAND_FLUSH)
+            && args.cut_after == Some(cache.counts.writes + cache.counts.flushes + 1);
+        if last && command == COMMAND_FLUSH {
+            return Ok(End::PowerCut);
+        }
         let done = match command {
             COMMAND_DISCONNECT => return Ok(End::Goodbye),
             COMMAND_FLUSH => {
@@ -259,6 +270,9 @@ fn transmission(
             COMMAND_WRITE => cache.write(offset, &data, flags & COMMAND_FUA != 0).map_err(|_| EIO),
             _ => Err(EINVAL),
         };
+        if last {
+            return Ok(End::PowerCut);
+        }
         let mut reply = Vec::from(REPLY_MAGIC.to_be_bytes());
         reply.extend(done.err().unwrap_or(0).to_be_bytes());
         reply.extend(cookie.to_be_bytes());
