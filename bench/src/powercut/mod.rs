@@ -222,7 +222,7 @@ fn read_all(channel: &Channel) -> Result<Files> {
 
 /// The first difference, in words.
 fn compare(found: &Files, expected: &Files) -> std::result::Result<(), String> {
-    for name in expected.keys().filter(|name| !found.contains_key(*name)) {
+    if let Some(name) = expected.keys().find(|name| !found.contains_key(*name)) {
         return Err(format!("'{}' is missing", show_name(name)));
     }
     for (name, found) in found {
