@@ -10,8 +10,6 @@
 #   --seed N        of the workload, of the moments, and of what survives in the drive's cache (default: random, printed)
 #   --size SIZE     of the drive (default 128M: small, so that blocks come round and are used again)
 #   --sector BYTES  of the drive, 512 or 4096 (default 512)
-#   --fua           let the filesystem use FUA. QEMU 7.2 takes the bit and ignores it, so this run must go red there; without the
-#                   option FUA becomes a write and a flush
 #   --lie           the drive acknowledges flushes and FUA without doing them. The run must go red; if it does not, the
 #                   test is worth nothing
 #
@@ -38,7 +36,9 @@ readonly READY_LIMIT_S=120
 # A cut comes at most so many writes and flushes after a boot. Making the filesystem takes some.
 readonly COMMANDS_MAX=300 COMMANDS_TO_FORMAT=40
 
-PACK='' DEVICE='spdk-nvme:pcie:0000:00:04.0' CUTS=3 SEED='' SIZE=128M SECTOR=512 LIE=() CUT_AFTER=() FUA=(--no-fua)
+PACK='' CUTS=3 SEED='' SIZE=128M SECTOR=512 LIE=() CUT_AFTER=()
+# QEMU 7.2 takes the FUA bit of a write and ignores it.
+DEVICE='spdk-nvme:pcie:0000:00:04.0?fua=flush'
 while [ $# -gt 0 ]; do
   case "$1" in
     --help | -h)
@@ -47,11 +47,6 @@ while [ $# -gt 0 ]; do
       ;;
     --lie)
       LIE=(--lie)
-      shift
-      continue
-      ;;
-    --fua)
-      FUA=()
       shift
       continue
       ;;
@@ -120,7 +115,7 @@ boot() {
     sleep 0.02
   done
   scripts/guest.sh run --pack "$PACK" --disk "nbd:unix:$SOCKETS/drive,$SECTOR" --time-limit 300 --log "$LOG" \
-    --pid-file "$SOCKETS/qemu.pid" -- bench powercut "$@" "${FUA[@]}" >"$WORK/guest-$number.log" 2>&1 </dev/null &
+    --pid-file "$SOCKETS/qemu.pid" -- bench powercut "$@" >"$WORK/guest-$number.log" 2>&1 </dev/null &
   GUEST_PID=$!
 }
 

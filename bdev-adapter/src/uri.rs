@@ -10,7 +10,7 @@
 //! backend = "mem"       ":" SIZE [ "?" options ]       options: block
 //!         | "file"      ":" PATH [ "?" options ]       options: size, block, direct, depth
 //!         | "spdk-bdev" ":" NAME [ "?" options ]       options: config
-//!         | "spdk-nvme" ":" controller [ "?" options ] options: ns, depth, timeout, reconnect; tcp: hostnqn, digest
+//!         | "spdk-nvme" ":" controller [ "?" options ] options: ns, depth, timeout, reconnect, fua; tcp: hostnqn, digest
 //! controller = "pcie" ":" ADDRESS | ( "tcp" | "rdma" ) ":" HOST ":" PORT "/" NQN
 //! options = key "=" value { "&" key "=" value }
 //! ```

@@ -807,6 +807,7 @@ gaur_bdev_get_info(const struct gaur_bdev *self, struct gaur_bdev_info *out)
 	out->can_unmap = spdk_bdev_io_type_supported(bdev, SPDK_BDEV_IO_TYPE_UNMAP);
 	out->can_write_zeroes = spdk_bdev_io_type_supported(bdev, SPDK_BDEV_IO_TYPE_WRITE_ZEROES);
 	out->zoned = spdk_bdev_is_zoned(bdev);
+	out->own_memory = self->is_nvme;
 }
 
 const char *

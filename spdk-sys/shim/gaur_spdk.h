@@ -28,7 +28,7 @@ struct spdk_io_channel;
 struct spdk_thread;
 
 /* Counts incompatible changes of this header. Rust compares it with what the compiled shim reports. */
-#define GAUR_SPDK_API 2
+#define GAUR_SPDK_API 3
 
 /* Length of the message buffers that the functions below fill, terminator included. */
 #define GAUR_SPDK_MESSAGE 512
@@ -169,6 +169,8 @@ struct gaur_bdev_info {
 	bool can_unmap;
 	bool can_write_zeroes;
 	bool zoned;
+	/* It belongs to the NVMe driver: buffers must be SPDK's memory. */
+	bool own_memory;
 };
 
 /* Opens by name. Returns 0, -ENODEV (no such bdev), -EBUSY (another module or opener has claimed it), or another

@@ -23,6 +23,9 @@ pub struct NvmeOptions {
     pub timeout: Duration,
     /// How long a controller that was lost is waited for before it counts as gone.
     pub reconnect: Duration,
+    /// A write with FUA is that for the device. Otherwise it is a write and a flush: for devices that ignore FUA, as QEMU's
+    /// emulated controller does.
+    pub native_fua: bool,
     /// CRC32C over headers and data on the wire (TCP).
     pub digest: bool,
 }
@@ -72,6 +75,7 @@ pub(super) fn parse(body: &str, options: &[(&str, &str)]) -> Parsed<NvmeOptions>
         depth: 127,
         timeout: Duration::from_secs(30),
         reconnect: Duration::from_secs(60),
+        native_fua: true,
         digest: false,
     };
     let fabric = matches!(nvme.address, NvmeAddress::Fabric { .. });
@@ -84,6 +88,13 @@ pub(super) fn parse(body: &str, options: &[(&str, &str)]) -> Parsed<NvmeOptions>
             "depth" => nvme.depth = parse_depth(value)?,
             "timeout" => nvme.timeout = parse_duration(key, value)?,
             "reconnect" => nvme.reconnect = parse_duration(key, value)?,
+            "fua" => {
+                nvme.native_fua = match *value {
+                    "on" => true,
+                    "flush" => false,
+                    _ => return Err(format!("fua='{value}' is unknown; write fua=on or fua=flush")),
+                }
+            }
             "hostnqn" if fabric => nvme.host_nqn = Some(nqn(value)?),
             "digest" if fabric => {
                 nvme.digest = match *value {
@@ -94,7 +105,7 @@ pub(super) fn parse(body: &str, options: &[(&str, &str)]) -> Parsed<NvmeOptions>
             }
             "hostnqn" | "digest" => return Err(format!("option '{key}' is for tcp and rdma only")),
             _ => {
-                let known = "ns, depth, timeout, reconnect, hostnqn, digest";
+                let known = "ns, depth, timeout, reconnect, fua, hostnqn, digest";
                 return Err(unknown_option("spdk-nvme", key, known, RIGHT));
             }
         }
@@ -212,7 +223,8 @@ mod tests {
         let rest = "?ns=1&depth=32&reconnect=500ms&hostnqn=nqn.2014-08.org:h";
         let nvme = options(&format!("spdk-nvme:tcp:host-1.lan:4420/nqn.x{rest}"));
         assert_eq!(nvme.host_nqn.as_deref(), Some("nqn.2014-08.org:h"));
-        assert_eq!((nvme.depth, nvme.reconnect), (32, Duration::from_millis(500)));
+        assert_eq!((nvme.depth, nvme.reconnect, nvme.native_fua), (32, Duration::from_millis(500), true));
+        assert!(!options("spdk-nvme:pcie:0000:00:04.0?fua=flush").native_fua);
     }
 
     #[test]
@@ -230,6 +242,7 @@ mod tests {
             ("spdk-nvme:pcie:0000:00:04.0?ns=4294967295", "not a namespace id"),
             ("spdk-nvme:pcie:0000:00:04.0?digest=on", "for tcp and rdma only"),
             ("spdk-nvme:pcie:0000:00:04.0?hostnqn=nqn.a", "for tcp and rdma only"),
+            ("spdk-nvme:pcie:0000:00:04.0?fua=off", "fua='off' is unknown"),
             ("spdk-nvme:pcie:0000:00:04.0?lba=1", "has no option 'lba'"),
             ("spdk-nvme:pcie:0000:00:04.0?timeout=0s", "not a time"),
             ("spdk-nvme:pcie:0000:00:04.0?timeout=5", "not a time"),

@@ -14,7 +14,6 @@
 
 mod cache;
 mod drive;
-mod no_fua;
 mod workload;
 
 use std::sync::Arc;
@@ -66,8 +65,6 @@ struct WriteArgs {
     /// Without --format: the last round that was acknowledged before
     #[arg(long, value_name = "ROUND", default_value_t = 0)]
     acked: u64,
-    #[command(flatten)]
-    fua: FuaArg,
     /// Stop after this many rounds, and unmount
     #[arg(long, value_name = "N")]
     rounds: Option<u64>,
@@ -83,21 +80,6 @@ struct VerifyArgs {
     /// The last round that was acknowledged
     #[arg(long, value_name = "ROUND")]
     acked: u64,
-    #[command(flatten)]
-    fua: FuaArg,
-}
-
-#[derive(Debug, clap::Args)]
-struct FuaArg {
-    /// Send a write and a flush in the place of FUA: for drives that ignore it, as QEMU's emulated NVMe controller does
-    #[arg(long)]
-    no_fua: bool,
-}
-
-/// Opens the device of a command.
-fn open(device: &DeviceArg, access: Access, fua: &FuaArg) -> Result<Arc<dyn Device>> {
-    let device = open_device(&device.device, access)?;
-    Ok(if fua.no_fua { no_fua::NoFua::wrap(device) } else { device })
 }
 
 /// Runs the command.
@@ -111,7 +93,7 @@ pub(crate) fn run(args: &PowercutArgs) -> Result<()> {
 
 fn write(args: &WriteArgs) -> Result<()> {
     let mut out = Out::new(false);
-    let device = open(&args.device, Access::Create, &args.fua)?;
+    let device = open_device(&args.device.device, Access::Create)?;
     if args.format {
         format_device(&device, "powercut", true)?;
     }
@@ -135,7 +117,7 @@ fn write(args: &WriteArgs) -> Result<()> {
 
 fn verify(args: &VerifyArgs) -> Result<()> {
     let mut out = Out::new(false);
-    let device = open(&args.device, Access::Write, &args.fua)?;
+    let device = open_device(&args.device.device, Access::Write)?;
     let fs = mount(&device)?;
     let channel = fs.channel().doing("open a channel")?;
     recovered(&fs, &channel, args.seed, args.acked, &mut out)?;

@@ -9,7 +9,7 @@ use super::driver;
 use crate::spdk::env::{self, Env};
 use crate::spdk::helper::Opened;
 use crate::spdk::rpc;
-use crate::{ClaimFlag, Device, DmaSource, Error, Geometry, QueuePair};
+use crate::{ClaimFlag, Device, DmaBuf, DmaSource, Error, Geometry, QueuePair};
 
 /// The epoch of every bdev: nothing tells of resets below.
 pub(super) const EPOCH: u64 = 0;
@@ -95,6 +95,12 @@ impl SpdkBdev {
             return Ok(());
         };
         Err(Error::NotADevice { device: self.uri.clone(), why })
+    }
+
+    /// Whether the bdev can use the memory of these buffers.
+    #[inline]
+    pub(super) fn takes(&self, bufs: &[DmaBuf]) -> bool {
+        !self.opened.info.own_memory || bufs.iter().all(|buf| buf.is_from(&**self.env.pool()))
     }
 
     pub(in crate::spdk) fn opened(&self) -> &Opened {

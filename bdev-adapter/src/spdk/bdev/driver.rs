@@ -22,7 +22,7 @@ use crate::spdk::engine::{Driver, Durability, Engine, Io, Started, Verdict};
 use crate::spdk::memory;
 use crate::spdk::slots::{Op, Slot, Slots, Work};
 use crate::spdk::split::{Data, Limits};
-use crate::{Device, Error, Geometry, IoErrorKind};
+use crate::{Device, Error, Geometry, IoErrorKind, Kind, Request};
 
 /// SPDK handles so many messages (completions among them) in one poll.
 const MESSAGE_BATCH: usize = 8;
@@ -120,6 +120,11 @@ impl Driver for BdevDriver {
     #[inline]
     fn is_gone(&self) -> bool {
         self.device.is_gone()
+    }
+
+    #[inline]
+    fn takes(&self, request: &Request) -> bool {
+        !matches!(request.kind, Kind::Read | Kind::Write) || self.device.takes(request.bufs.as_slice())
     }
 
     #[inline]

@@ -140,7 +140,7 @@ fn geometry(controller: &Controller, namespace: &Namespace, options: &NvmeOption
     geometry.max_transfer = u32::try_from(transfer).unwrap_or(info.block_size);
     geometry.queue_depth = options.depth.min(ctrlr.max_queue_entries.saturating_sub(1)).max(1);
     geometry.volatile_cache = ctrlr.volatile_cache;
-    geometry.native_fua = true;
+    geometry.native_fua = options.native_fua;
     geometry.unmap = info.can_unmap;
     geometry.atomic_write = u32::try_from((atomic * block).min(transfer)).unwrap_or(info.block_size);
     (geometry, limits)

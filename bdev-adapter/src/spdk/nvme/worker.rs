@@ -14,6 +14,7 @@ use std::sync::mpsc::{RecvTimeoutError, SyncSender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use spdk_sys::nvme::{
     gaur_nvme_abort, gaur_nvme_alloc_qpair, gaur_nvme_attach, gaur_nvme_ctrlr_info, gaur_nvme_detach,
     gaur_nvme_get_ctrlr_info, gaur_nvme_get_ns_info, gaur_nvme_is_removed, gaur_nvme_ns_info, gaur_nvme_opts,
@@ -121,6 +122,7 @@ fn attach(shared: &Arc<Shared>) -> Result<(Worker, gaur_nvme_ctrlr_info), Error>
         endpoint,
         pcie: matches!(options.address, NvmeAddress::Pcie(_)),
         namespaces: Vec::new(),
+        spare: Mutex::default(),
         began: Instant::now(),
         last_round: Instant::now(),
         broken: false,
@@ -178,6 +180,9 @@ struct Worker {
     endpoint: Option<Endpoint>,
     pcie: bool,
     namespaces: Vec<Arc<Namespace>>,
+    /// Queue pairs of owners that are gone, with their depth (PCIe). 20.07 leaves the shadow doorbells of a queue pair that is
+    /// freed as they are, and a new one in its place may then look full for ever; so they are used again.
+    spare: Mutex<Vec<(NonNull<spdk_nvme_qpair>, u32)>>,
     began: Instant,
     last_round: Instant,
     /// The controller was given up.
@@ -345,6 +350,16 @@ impl Worker {
     /// Opens the NVMe queue pair of a seat.
     fn connect(&self, inner: &mut Inner) -> Result<(), String> {
         let depth = inner.slots.len() as u32;
+        let mut spare = self.spare.lock();
+        if let Some(at) = spare.iter().position(|&(_, of)| of == depth) {
+            let (qpair, _) = spare.swap_remove(at);
+            drop(spare);
+            // A reset may have gone over it.
+            return self.unpark(inner, qpair).map_err(|setback| match setback {
+                Setback::Again(why) | Setback::Final(why) => why,
+            });
+        }
+        drop(spare);
         take_last_error();
         let qpair = {
             let _watchdog = self.watch_new_sockets();
@@ -371,13 +386,16 @@ impl Worker {
         let mut seats = self.shared.seats.lock();
         seats.retain(|seat| {
             let mut inner = seat.take();
-            if inner.closed
-                && let Some(qpair) = inner.qpair.take()
-            {
-                let _watchdog = self.watch_own_sockets();
-                free(qpair);
+            let gone = inner.closed && inner.parked.is_none();
+            if gone && let Some(qpair) = inner.qpair.take() {
+                if self.pcie && !self.broken {
+                    self.spare.lock().push((qpair, inner.slots.len() as u32));
+                } else {
+                    let _watchdog = self.watch_own_sockets();
+                    free(qpair);
+                }
             }
-            !inner.closed
+            !gone
         });
     }
 
@@ -500,11 +518,19 @@ impl Worker {
                 free(qpair);
             }
         }
+        self.free_spare();
+    }
+
+    fn free_spare(&self) {
+        for (qpair, _) in self.spare.lock().drain(..) {
+            free(qpair);
+        }
     }
 
     fn detach(&mut self) {
         self.shared.set_gone();
         self.reap();
+        self.free_spare();
         let _watchdog = self.watch_own_sockets();
         // SAFETY: this thread's controller; its queue pairs were freed.
         unsafe { gaur_nvme_detach(self.ctrlr.as_ptr()) };
