@@ -3,9 +3,11 @@
 #
 #   scripts/nvmf.sh run [--file PATH] [--size MIB] [--block BYTES] [--port N] [--core N]
 #   scripts/nvmf.sh uri [--port N]
+#   scripts/nvmf.sh with [OPTIONS OF run]... -- COMMAND...
 #
 # `run` stays in the foreground, as nvmf_tgt itself (kill it, or press Ctrl-C); it prints "listening" when it can be
-# connected to. `uri` prints the device URI for Gaur. What it serves:
+# connected to. `uri` prints the device URI for Gaur. `with` runs a command beside a target, with that URI in GAUR_NVME_URI and
+# GAUR_DEVICE, and for `{}` among its arguments; the target goes with it. What it serves:
 #
 #   --file PATH    an aio bdev over this file, made with --size if it does not exist; its content survives the target
 #   (none)         a malloc bdev
@@ -42,12 +44,17 @@ main() {
       --core) core="$2" ;;
       --delay) delay="$2" ;;
       --config) config="$2" ;;
+      --)
+        shift
+        break
+        ;;
       *) die "unknown option '$1'" "see the head of scripts/nvmf.sh" ;;
     esac
     shift 2 || die "an option needs a value"
   done
   case "$command" in
     run) run ;;
+    with) with "$@" ;;
     uri) printf 'spdk-nvme:tcp:127.0.0.1:%d/%s\n' "$port" "$NQN" ;;
     *)
       sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
@@ -57,13 +64,32 @@ main() {
 }
 
 program() {
-  local dir
-  for dir in "${SPDK_DIR:-}" "$(scripts/spdk.sh prefix)"; do
-    for dir in "$dir/bin" "$dir/build/bin"; do
+  local prefix dir
+  for prefix in "${SPDK_DIR:-}" "$(scripts/spdk.sh prefix)"; do
+    for dir in "$prefix/bin" "$prefix/build/bin"; do
       if [ -x "$dir/nvmf_tgt" ]; then printf '%s' "$dir/nvmf_tgt" && return; fi
     done
   done
   die "there is no nvmf_tgt" "run \`make spdk\`, or set SPDK_DIR to an SPDK with its programs"
+}
+
+with() {
+  [ "$#" -gt 0 ] || die "there is no command after --"
+  local uri log target status=0 argument command=()
+  uri="$(printf 'spdk-nvme:tcp:127.0.0.1:%d/%s' "$port" "$NQN")"
+  for argument in "$@"; do command+=("${argument//\{\}/$uri}"); done
+  log="$(mktemp)"
+  run >"$log" 2>&1 &
+  target=$!
+  # shellcheck disable=SC2064 # now is right
+  trap "kill -9 $target 2>/dev/null; rm -f '$log'" EXIT
+  until grep -q '^listening$' "$log"; do
+    kill -0 "$target" 2>/dev/null || { cat "$log" >&2 && die "the target did not start"; }
+    sleep 0.1
+  done
+  GAUR_NVME_URI="$uri" GAUR_DEVICE="$uri" "${command[@]}" || status=$?
+  [ "$status" -eq 0 ] || cat "$log" >&2
+  exit "$status"
 }
 
 run() {
@@ -98,11 +124,12 @@ run() {
       { "trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": "$port" } } } ] } ] }
 JSON
   if [ -n "$config" ]; then cp "$config" "$work/config.json"; fi
+  BASHPID_OF_TARGET="$BASHPID"
   # Says when it can be connected to, and takes the files away; gives up with the target.
   (
     for _ in $(seq 600); do
       if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then echo listening && break; fi
-      kill -0 "$$" 2>/dev/null || break
+      kill -0 "$BASHPID_OF_TARGET" 2>/dev/null || break
       sleep 0.05
     done
     rm -rf "$work"
