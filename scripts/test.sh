@@ -129,7 +129,23 @@ spdk_tests() {
   # From here on a test that finds no huge pages is a failure, not one that passes because it did nothing.
   step "tests with SPDK" env GAUR_REQUIRE_SPDK=1 cargo test --locked --no-fail-fast "${crates[@]}" "${features[@]}"
   step "demo on an SPDK malloc bdev" "$(target_dir)/debug/bench" "${DEMO[@]}" --device "$SPDK_DEVICE"
+  tcp_tests
   guest_tests
+}
+
+# SPDK's NVMe driver over TCP, against SPDK's own target on loopback. (Targets that are killed, frozen, slow or false are
+# among the tests above.)
+tcp_tests() {
+  local test=(cargo test --locked "${crates[@]}" "${features[@]}")
+  step "NVMe/TCP: conformance" scripts/nvmf.sh with --size 128 --block 512 -- \
+    env GAUR_REQUIRE_NVME=1 "${test[@]}" --test conformance_nvme --test allocations
+  step "NVMe/TCP: model" scripts/nvmf.sh with --size 1024 -- \
+    "${test[@]}" --test model -- --test-threads 1
+  local disk
+  disk="$(target_dir)/test-logs/nvmf-disk.img"
+  step "NVMe/TCP: demo" scripts/nvmf.sh with --file "$disk" --size 512 -- \
+    "$(target_dir)/debug/bench" "${DEMO[@]}" --device '{}'
+  rm -f "$disk"
 }
 
 # SPDK's NVMe driver over PCIe, in a virtual machine with an emulated controller: what was built above, packed. It needs
