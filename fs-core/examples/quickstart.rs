@@ -6,7 +6,7 @@ use bdev_adapter::{OpenOptions, open};
 use fs_core::{Filesystem, FormatOptions, MountOptions, OpenFlags, format};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    // Any device URI works here: `mem:`, `file:PATH?size=1GiB`, `spdk-bdev:Malloc0?config=PATH`.
+    // Any device URI works here: `mem:`, `file:PATH?size=1GiB`, `spdk-nvme:pcie:0000:00:04.0`, ...
     let device = open("mem:64MiB", &OpenOptions::default())?;
     format(&device, &FormatOptions::default())?;
 
