@@ -182,6 +182,7 @@ pub enum Segments {
 
 impl Segments {
     /// The buffers as a slice.
+    #[inline]
     pub fn as_slice(&self) -> &[DmaBuf] {
         match self {
             Segments::None => &[],
@@ -200,8 +201,13 @@ impl Segments {
     }
 
     /// Total length in bytes.
+    #[inline]
     pub fn len(&self) -> u64 {
-        self.as_slice().iter().map(|b| b.len() as u64).sum()
+        match self {
+            Segments::None => 0,
+            Segments::One(buf) => buf.len() as u64,
+            Segments::Many(bufs) => bufs.iter().map(|b| b.len() as u64).sum(),
+        }
     }
 
     /// True when there are no bytes.

@@ -28,9 +28,9 @@ use std::ptr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::slots::{MAX_SEGMENTS, Op, Owner, Slot, Slots, Work};
+use super::slots::{MAX_SEGMENTS, Op, Owner, Slot, SlotId, Slots, Work};
 use super::split::{Data, Limits, Splits};
-use crate::{Completion, Geometry, IoErrorKind, Kind, QueuePair, Request};
+use crate::{Completion, Geometry, IoErrorKind, Kind, QueuePair, Request, Segments};
 
 /// What a flush has to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,7 +117,7 @@ pub(super) struct Engine<D: Driver> {
     driver: D,
     slots: Slots,
     /// Slots that SPDK does not know yet.
-    ready: Vec<u32>,
+    ready: Vec<SlotId>,
     /// Slots that SPDK knows, or that are on the ring.
     in_flight: usize,
     /// Requests without a slot.
@@ -131,6 +131,9 @@ pub(super) struct Engine<D: Driver> {
     /// Calls of `wait` since something was answered.
     idle_waits: u32,
     block_shift: u32,
+    /// What the driver says of these, near at hand: every request is checked against them.
+    geometry: Geometry,
+    read_only: bool,
     limits: Limits,
     durability: Durability,
     /// A write with FUA is followed by a flush.
@@ -153,6 +156,8 @@ impl<D: Driver> Engine<D> {
             earliest_deadline: None,
             idle_waits: 0,
             block_shift: driver.geometry().block_size.trailing_zeros(),
+            geometry: driver.geometry().clone(),
+            read_only: driver.read_only(),
             limits: driver.limits(),
             durability,
             fua_by_flush: durability != Durability::Always && !driver.geometry().native_fua,
@@ -160,10 +165,22 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// What can be said against a request without asking the device; `Some(Ok)` if nothing is left to do.
+    /// Whether a request is the most common kind, a read or write of one buffer that nothing is to be said against, and
+    /// that one I/O of SPDK's carries out. As `judge` and `is_simple`, but without their other cases.
     #[inline]
+    fn is_plain(&self, request: &Request) -> bool {
+        matches!(request.kind, Kind::Read | Kind::Write)
+            && matches!(request.bufs, Segments::One(_))
+            && !request.hints.fua
+            && request.hints.deadline.is_none()
+            && request.check(&self.geometry, self.read_only).is_ok()
+            && self.driver.takes(request)
+            && self.limits.piece(Op::Read, request.offset, request.len) == request.len
+    }
+
+    /// What can be said against a request without asking the device; `Some(Ok)` if nothing is left to do.
     fn judge(&self, request: &Request) -> Option<Result<(), IoErrorKind>> {
-        if let Err(why) = request.check(self.driver.geometry(), self.driver.read_only()) {
+        if let Err(why) = request.check(&self.geometry, self.read_only) {
             return Some(Err(why));
         }
         if !self.driver.takes(request) {
@@ -183,21 +200,20 @@ impl<D: Driver> Engine<D> {
                 self.judge_durability()
             }
             // Advice that such a device does not take.
-            Kind::Unmap => (!self.driver.geometry().unmap).then_some(Ok(())),
+            Kind::Unmap => (!self.geometry.unmap).then_some(Ok(())),
         }
     }
 
     fn judge_durability(&self) -> Option<Result<(), IoErrorKind>> {
         match self.durability {
             Durability::Always => Some(Ok(())),
-            _ if self.driver.read_only() => Some(Ok(())),
+            _ if self.read_only => Some(Ok(())),
             Durability::ByFlush => None,
             Durability::Never => Some(Err(IoErrorKind::Unsupported)),
         }
     }
 
     /// Whether one I/O of SPDK's carries out the request.
-    #[inline]
     fn is_simple(&self, request: &Request) -> bool {
         let op = Op::from(request.kind);
         if self.limits.piece(op, request.offset, request.len) < request.len {
@@ -213,12 +229,32 @@ impl<D: Driver> Engine<D> {
         }
     }
 
+    /// Whether a request has to queue behind others, or for a slot.
+    #[inline]
+    fn must_wait(&self) -> bool {
+        !self.waiting.is_empty() || self.splits.has_pieces() || !self.slots.has_free()
+    }
+
+    /// Accepts a request that is not plain, or has to wait.
+    #[inline(never)]
+    fn submit_other(&mut self, request: Request) {
+        if let Some(result) = self.judge(&request) {
+            return self.answer(request, result);
+        }
+        self.note_deadline(request.hints.deadline);
+        if !self.must_wait() && self.is_simple(&request) {
+            self.ready.push(self.slots.take_for_request(request));
+        } else {
+            self.waiting.push_back(request);
+        }
+    }
+
     /// Starts what has a slot. False when SPDK has no memory for more.
     #[inline]
     fn start_ready(&mut self) -> bool {
         let mut started = 0;
-        while let Some(&index) = self.ready.get(started) {
-            if !self.start(index) {
+        while let Some(&id) = self.ready.get(started) {
+            if !self.start(id) {
                 self.ready.drain(..started);
                 return false;
             }
@@ -232,30 +268,30 @@ impl<D: Driver> Engine<D> {
     #[cold]
     fn start_waiting(&mut self) {
         while self.slots.has_free() {
-            let index = if let Some(piece) = self.splits.next_piece(&self.limits) {
+            let id = if let Some(piece) = self.splits.next_piece(&self.limits) {
                 self.slots.take_for_piece(&piece)
             } else if let Some(request) = self.waiting.pop_front() {
                 self.take_waiting(request)
             } else {
                 return;
             };
-            if let Some(index) = index
-                && !self.start(index)
+            if let Some(id) = id
+                && !self.start(id)
             {
                 // Nothing else is ready: `start_ready` has started it all.
-                self.ready.push(index);
+                self.ready.push(id);
                 return;
             }
         }
     }
 
     /// A slot for a request that has waited, unless it is dealt with in another way: it is late, or becomes a split.
-    fn take_waiting(&mut self, request: Request) -> Option<u32> {
+    fn take_waiting(&mut self, request: Request) -> Option<SlotId> {
         if request.hints.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             self.answer(request, Err(IoErrorKind::TimedOut));
             None
         } else if self.is_simple(&request) {
-            self.slots.take_for_request(request).map_err(|request| self.waiting.push_front(request)).ok()
+            Some(self.slots.take_for_request(request))
         } else {
             let flush = request.hints.fua && self.fua_by_flush && request.kind != Kind::Read;
             self.splits.begin(request, flush);
@@ -263,18 +299,43 @@ impl<D: Driver> Engine<D> {
         }
     }
 
-    /// Starts the I/O of slot `index`. False when that must be tried again later; an I/O that cannot be started for
+    /// Starts the I/O of a slot. False when that must be tried again later; an I/O that cannot be started for
     /// another reason is done, with an error.
     #[inline]
-    fn start(&mut self, index: u32) -> bool {
-        let segments = self.slots.segments(index);
-        let work = self.slots.work(index);
+    fn start(&mut self, id: SlotId) -> bool {
+        let work = self.slots.work(id);
+        let (offset, len) = (work.offset, work.len);
+        // The most common kind first.
+        let (op, fua, data) = match (work.op, &work.bufs) {
+            (Op::Read, Segments::One(buf)) => (Op::Read, false, Data::One(buf.as_ptr().cast())),
+            (Op::Write, Segments::One(buf)) => (Op::Write, work.fua, Data::One(buf.as_ptr().cast())),
+            _ => match self.data_of_other(id) {
+                Ok(data) => data,
+                Err(why) => return self.refuse(id, why),
+            },
+        };
+        let io = Io { op, fua, block: offset >> self.block_shift, blocks: len >> self.block_shift, data };
+        match self.driver.start(self.slots.slot(id), io) {
+            Started::Yes => {
+                self.in_flight += 1;
+                true
+            }
+            Started::Later => false,
+            Started::Refused(why) => self.refuse(id, why),
+        }
+    }
+
+    /// What is to be done with the slot of an I/O that is no read or write of one buffer, and where its data is.
+    #[inline(never)]
+    fn data_of_other(&mut self, id: SlotId) -> Result<(Op, bool, Data), IoErrorKind> {
+        let segments = self.slots.segments(id);
+        let work = self.slots.work(id);
         let (op, fua, offset, len) = (work.op, work.fua, work.offset, work.len);
         let data = match work.owner {
             Owner::Request if op == Op::Flush => {
                 let (epoch, now) = (work.epoch, self.driver.epoch());
                 if epoch != now {
-                    return self.refuse(index, IoErrorKind::EpochLost { expected: epoch, now });
+                    return Err(IoErrorKind::EpochLost { expected: epoch, now });
                 }
                 Data::One(ptr::null_mut())
             }
@@ -287,21 +348,13 @@ impl<D: Driver> Engine<D> {
                 self.splits.fill(split, offset, len, count, segments)
             },
         };
-        let io = Io { op, fua, block: offset >> self.block_shift, blocks: len >> self.block_shift, data };
-        match self.driver.start(self.slots.slot(index), io) {
-            Started::Yes => {
-                self.in_flight += 1;
-                true
-            }
-            Started::Later => false,
-            Started::Refused(why) => self.refuse(index, why),
-        }
+        Ok((op, fua, data))
     }
 
     /// The slot is done, with an error. Always true.
     #[cold]
-    fn refuse(&mut self, index: u32, why: IoErrorKind) -> bool {
-        self.slots.refuse(index, why);
+    fn refuse(&mut self, id: SlotId, why: IoErrorKind) -> bool {
+        self.slots.refuse(id, why);
         self.in_flight += 1;
         true
     }
@@ -314,22 +367,22 @@ impl<D: Driver> Engine<D> {
         let epoch = self.driver.done_epoch();
         let mut answered = 0;
         for i in 0..done {
-            let (index, result) = self.slots.outcome(i);
+            let (id, result) = self.slots.outcome(i);
             let result = match result {
                 Ok(()) => Ok(()),
-                Err(why) => match self.judge_failure(index, why) {
+                Err(why) => match self.judge_failure(id, why) {
                     Verdict::Answer(why) => Err(why),
                     Verdict::Again => continue,
                 },
             };
             let answer = &mut completions.spare_capacity_mut()[answered];
-            match self.slots.work(index).owner {
+            match self.slots.work(id).owner {
                 Owner::Request => {
-                    self.slots.answer(index, result, epoch, answer);
+                    self.slots.answer(id, result, epoch, answer);
                     answered += 1;
                 }
                 Owner::Split { split, .. } => {
-                    self.slots.free_piece(index);
+                    self.slots.free_piece(id);
                     if let Some((request, result)) = self.splits.piece_done(split, result) {
                         answer.write(request.complete(result, epoch));
                         answered += 1;
@@ -345,14 +398,14 @@ impl<D: Driver> Engine<D> {
     }
 
     #[cold]
-    fn judge_failure(&mut self, index: u32, why: IoErrorKind) -> Verdict {
+    fn judge_failure(&mut self, id: SlotId, why: IoErrorKind) -> Verdict {
         // As a raw pointer's target: the slot and its work are apart.
-        let verdict = self.slots.with(index, |slot, work| self.driver.verdict(why, slot, work));
+        let verdict = self.slots.with(id, |slot, work| self.driver.verdict(why, slot, work));
         if let Verdict::Again = verdict {
-            if let Some(deadline) = self.slots.work(index).deadline {
+            if let Some(deadline) = self.slots.work(id).deadline {
                 self.note_deadline(Some(deadline));
             }
-            self.ready.push(index);
+            self.ready.push(id);
         }
         verdict
     }
@@ -365,8 +418,8 @@ impl<D: Driver> Engine<D> {
     /// Answers everything that did not start: the bdev is gone.
     #[cold]
     fn answer_gone(&mut self) {
-        for index in self.ready.drain(..) {
-            self.slots.refuse(index, IoErrorKind::Gone);
+        for id in self.ready.drain(..) {
+            self.slots.refuse(id, IoErrorKind::Gone);
             self.in_flight += 1;
         }
         while let Some((request, result)) = self.splits.abandon(IoErrorKind::Gone) {
@@ -396,10 +449,10 @@ impl<D: Driver> Engine<D> {
         }
         let (slots, mut late) = (&mut self.slots, 0);
         let earliest = &mut self.earliest_deadline;
-        self.ready.retain(|&index| {
-            let deadline = slots.work(index).deadline;
+        self.ready.retain(|&id| {
+            let deadline = slots.work(id).deadline;
             if deadline.is_some_and(|deadline| deadline <= now) {
-                slots.refuse(index, IoErrorKind::TimedOut);
+                slots.refuse(id, IoErrorKind::TimedOut);
                 late += 1;
                 return false;
             }
@@ -447,17 +500,10 @@ impl<D: Driver> Engine<D> {
 impl<D: Driver> QueuePair for Engine<D> {
     fn submit(&mut self, request: Request) {
         self.outstanding += 1;
-        if let Some(result) = self.judge(&request) {
-            return self.answer(request, result);
-        }
-        self.note_deadline(request.hints.deadline);
-        if self.waiting.is_empty() && !self.splits.has_pieces() && self.is_simple(&request) {
-            match self.slots.take_for_request(request) {
-                Ok(index) => self.ready.push(index),
-                Err(request) => self.waiting.push_back(request),
-            }
+        if self.is_plain(&request) && !self.must_wait() {
+            self.ready.push(self.slots.take_for_request(request));
         } else {
-            self.waiting.push_back(request);
+            self.submit_other(request);
         }
     }
 

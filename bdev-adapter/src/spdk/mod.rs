@@ -25,6 +25,8 @@
 //!   by itself (20.07), their flush reaches no drive; open the NVMe bdev itself where that matters.
 
 mod bdev;
+#[doc(hidden)]
+pub mod direct;
 mod engine;
 mod env;
 mod helper;
@@ -32,8 +34,6 @@ mod memory;
 mod nvme;
 mod rpc;
 mod slots;
-#[cfg(test)]
-mod speed;
 mod split;
 #[cfg(test)]
 mod tests;

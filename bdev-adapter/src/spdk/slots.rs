@@ -13,6 +13,7 @@
 
 use std::cell::{Cell, UnsafeCell};
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 use std::time::Instant;
 
@@ -93,7 +94,6 @@ pub(super) enum Owner {
 #[repr(C, align(64))]
 pub(super) struct Slot {
     ring: NonNull<Ring>,
-    index: u32,
     failed: Cell<bool>,
     /// When it was started, by the driver's own clock; 0 while SPDK does not know it. For drivers with timeouts.
     pub(super) started: Cell<u32>,
@@ -115,17 +115,24 @@ pub(super) struct Cursor {
     pub(super) skip: u32,
 }
 
+/// Names a slot of a table: its address, made by the table alone, which is asked for what is in it.
+#[derive(Clone, Copy)]
+pub(super) struct SlotId(NonNull<Slot>);
+
+// SAFETY: an address; only the table, while it is alive, follows it.
+unsafe impl Send for SlotId {}
+
 /// Slots that are done, in order. Each is on it at most once, so it never overflows.
 struct Ring {
     len: Cell<usize>,
-    entries: Box<[Cell<u32>]>,
+    entries: Box<[Cell<SlotId>]>,
 }
 
 impl Ring {
     #[inline]
-    fn push(&self, index: u32) {
+    fn push(&self, slot: SlotId) {
         let len = self.len.get();
-        self.entries[len].set(index);
+        self.entries[len].set(slot);
         self.len.set(len + 1);
     }
 }
@@ -134,7 +141,7 @@ impl Ring {
 pub(super) struct Slots {
     slots: NonNull<[Slot]>,
     ring: NonNull<Ring>,
-    free: Vec<u32>,
+    free: Vec<SlotId>,
 }
 
 // SAFETY: slots and ring belong to the table alone. SPDK, which knows their addresses, uses them only inside calls that the
@@ -143,12 +150,12 @@ unsafe impl Send for Slots {}
 
 impl Slots {
     pub(super) fn new(count: u32) -> Slots {
-        let ring = Ring { len: Cell::new(0), entries: (0..count).map(|_| Cell::new(0)).collect() };
+        let nowhere = SlotId(NonNull::dangling());
+        let ring = Ring { len: Cell::new(0), entries: (0..count).map(|_| Cell::new(nowhere)).collect() };
         let ring = NonNull::from(Box::leak(Box::new(ring)));
         let empty = iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        let slot = |index| Slot {
+        let slot = |_| Slot {
             ring,
-            index,
             failed: Cell::new(false),
             started: Cell::new(0),
             aborting: Cell::new(false),
@@ -168,16 +175,18 @@ impl Slots {
             failure: Cell::new(IoErrorKind::NoMemory),
             segments: UnsafeCell::new([empty; MAX_SEGMENTS]),
         };
-        let slots: Box<[Slot]> = (0..count).map(slot).collect();
+        let slots: NonNull<[Slot]> = NonNull::from(Box::leak((0..count).map(slot).collect::<Box<[Slot]>>()));
         // Taken from the end: the same few slots are used over and over while the queue is short.
-        Slots { slots: NonNull::from(Box::leak(slots)), ring, free: (0..count).rev().collect() }
+        // SAFETY: `i` is less than the length.
+        let id = |i: u32| SlotId(unsafe { slots.cast::<Slot>().add(i as usize) });
+        Slots { slots, ring, free: (0..count).rev().map(id).collect() }
     }
 
-    /// Takes a free slot for a whole request.
+    /// Takes a free slot, of which there are some, for a whole request.
     #[inline]
-    pub(super) fn take_for_request(&mut self, request: Request) -> Result<u32, Request> {
-        let Some(index) = self.free.pop() else { return Err(request) };
-        let work = self.work(index);
+    pub(super) fn take_for_request(&mut self, request: Request) -> SlotId {
+        let Some(id) = self.free.pop() else { unreachable!("no slot is free") };
+        let work = self.work(id);
         work.op = request.kind.into();
         work.owner = Owner::Request;
         work.offset = request.offset;
@@ -192,41 +201,41 @@ impl Slots {
         debug_assert!(matches!(work.bufs, Segments::None));
         // SAFETY: a free slot has `Segments::None`, of which nothing is to be dropped.
         unsafe { std::ptr::write(&mut work.bufs, request.bufs) };
-        Ok(index)
+        id
     }
 
     /// Takes a free slot for a piece of a split.
-    pub(super) fn take_for_piece(&mut self, piece: &Piece) -> Option<u32> {
-        let index = self.free.pop()?;
-        let work = self.work(index);
+    pub(super) fn take_for_piece(&mut self, piece: &Piece) -> Option<SlotId> {
+        let id = self.free.pop()?;
+        let work = self.work(id);
         (work.op, work.owner) = (piece.op, Owner::Split { split: piece.split, segments: piece.segments });
         (work.offset, work.len, work.deadline) = (piece.offset, piece.len, None);
         (work.fua, work.retries) = (piece.fua, 0);
-        Some(index)
+        Some(id)
     }
 
     /// Frees the slot of a request that SPDK does not know (any more), and writes its answer to `answer`.
     #[inline]
     pub(super) fn answer(
         &mut self,
-        index: u32,
+        id: SlotId,
         result: Result<(), IoErrorKind>,
         epoch: u64,
-        answer: &mut std::mem::MaybeUninit<Completion>,
+        answer: &mut MaybeUninit<Completion>,
     ) {
-        let work = self.work(index);
+        let work = self.work(id);
         let result = match result {
             Ok(()) => Ok(()),
             Err(kind) => Err(io_error(work, kind)),
         };
         let bufs = std::mem::replace(&mut work.bufs, Segments::None);
         answer.write(Completion { tag: work.tag, result, bufs, epoch });
-        self.free.push(index);
+        self.free.push(id);
     }
 
     /// Frees the slot of a piece.
-    pub(super) fn free_piece(&mut self, index: u32) {
-        self.free.push(index);
+    pub(super) fn free_piece(&mut self, id: SlotId) {
+        self.free.push(id);
     }
 
     #[inline]
@@ -234,18 +243,18 @@ impl Slots {
         !self.free.is_empty()
     }
 
-    /// What slot `index` is taken for.
+    /// What a slot is taken for.
     #[inline]
-    pub(super) fn work(&mut self, index: u32) -> &mut Work {
-        let slot = self.slot(index);
+    pub(super) fn work(&mut self, id: SlotId) -> &mut Work {
+        let slot = self.slot(id);
         // SAFETY: only the queue pair looks into `work`, and it does so through `&mut self`; the callback leaves it alone.
         unsafe { &mut *slot.work.get() }
     }
 
-    /// Where the segments of slot `index` are written before SPDK gets their address.
+    /// Where the segments of a slot are written before SPDK gets their address.
     #[inline]
-    pub(super) fn segments(&self, index: u32) -> *mut iovec {
-        self.slot(index).segments.get().cast()
+    pub(super) fn segments(&self, id: SlotId) -> *mut iovec {
+        self.slot(id).segments.get().cast()
     }
 
     /// How many there are.
@@ -253,9 +262,9 @@ impl Slots {
         self.slots.len()
     }
 
-    /// Slot `index`, and what it is taken for.
-    pub(super) fn with<T>(&mut self, index: u32, f: impl FnOnce(&Slot, &mut Work) -> T) -> T {
-        let slot = self.slot(index);
+    /// A slot, and what it is taken for.
+    pub(super) fn with<T>(&mut self, id: SlotId, f: impl FnOnce(&Slot, &mut Work) -> T) -> T {
+        let slot = self.slot(id);
         // SAFETY: as in `work`; nobody reaches the work through the shared reference.
         f(slot, unsafe { &mut *slot.work.get() })
     }
@@ -265,9 +274,9 @@ impl Slots {
     }
 
     /// Puts a slot that SPDK refused on the ring, with the reason.
-    pub(super) fn refuse(&mut self, index: u32, why: IoErrorKind) {
-        self.slot(index).fail(why);
-        self.ring().push(index);
+    pub(super) fn refuse(&mut self, id: SlotId, why: IoErrorKind) {
+        self.slot(id).fail(why);
+        self.ring().push(id);
     }
 
     /// Slots on the ring.
@@ -278,10 +287,9 @@ impl Slots {
 
     /// The `i`th slot on the ring, with its outcome.
     #[inline]
-    pub(super) fn outcome(&self, i: usize) -> (u32, Result<(), IoErrorKind>) {
-        let index = self.ring().entries[i].get();
-        let slot = self.slot(index);
-        (index, if slot.failed.take() { Err(slot.failure.get()) } else { Ok(()) })
+    pub(super) fn outcome(&self, i: usize) -> (SlotId, Result<(), IoErrorKind>) {
+        let id = self.ring().entries[i].get();
+        (id, self.slot(id).outcome())
     }
 
     /// Empties the ring, after its slots were freed.
@@ -291,9 +299,10 @@ impl Slots {
     }
 
     #[inline]
-    pub(super) fn slot(&self, index: u32) -> &Slot {
-        // SAFETY: the slots live as long as the table, and everything in them that changes is in a cell.
-        unsafe { &self.slots.as_ref()[index as usize] }
+    pub(super) fn slot(&self, id: SlotId) -> &Slot {
+        // SAFETY: a table makes all ids of its slots, and a queue pair has one table. The slots live as long as it does, and
+        // everything in them that changes is in a cell.
+        unsafe { id.0.as_ref() }
     }
 
     #[inline]
@@ -308,6 +317,16 @@ impl Slot {
     pub(super) fn fail(&self, why: IoErrorKind) {
         self.failed.set(true);
         self.failure.set(why);
+    }
+
+    /// How it ended, once it is on the ring. The next I/O begins with a clean slate.
+    #[inline]
+    fn outcome(&self) -> Result<(), IoErrorKind> {
+        if !self.failed.get() {
+            return Ok(());
+        }
+        self.failed.set(false);
+        Err(self.failure.get())
     }
 
     /// What SPDK gets as the callback's argument.
@@ -332,7 +351,7 @@ impl Slot {
     #[inline]
     pub(super) fn done(&self) {
         // SAFETY: the ring lives as long as the table that the slot is in.
-        unsafe { self.ring.as_ref() }.push(self.index);
+        unsafe { self.ring.as_ref() }.push(SlotId(NonNull::from(self)));
     }
 
     /// The segment at the cursor, from there on.
