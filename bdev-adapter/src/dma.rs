@@ -104,6 +104,25 @@ impl DmaBuf {
         self.ptr.as_ptr()
     }
 
+    /// Moves the buffer out of `from` word by word. What was written word by word a moment ago and is read in wide registers
+    /// has to wait until those writes have left the store buffer, which takes longer than all of this.
+    ///
+    /// # Safety
+    /// As for `ptr::read`: `from` must be forgotten.
+    #[cfg(feature = "spdk")]
+    #[inline(always)]
+    pub(crate) unsafe fn read_by_words(from: &DmaBuf) -> DmaBuf {
+        let DmaBuf { ptr, len, chunk } = from;
+        // SAFETY: as the caller promises. Volatile only keeps the compiler from joining the reads.
+        unsafe {
+            DmaBuf {
+                ptr: std::ptr::read_volatile(ptr),
+                len: std::ptr::read_volatile(len),
+                chunk: std::ptr::read_volatile(chunk),
+            }
+        }
+    }
+
     /// The token that the source gave to the allocation this buffer lies in.
     #[inline]
     pub fn token(&self) -> u64 {

@@ -12,6 +12,8 @@ pub(crate) enum Failure {
     Usage(String),
     /// It did not work; the message names the thing and, where it can, what would help. Exit code 1.
     Failed(String),
+    /// A measurement needs what this machine or build lacks.
+    Skipped(String),
     /// What is wrong has been printed already (differences, problems of a check). Exit code 1.
     Reported,
     /// Whoever read our output has gone (`bench ls | head`). Nothing is wrong; exit code 0.
@@ -28,7 +30,7 @@ impl Failure {
 impl Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Usage(what) | Failure::Failed(what) => f.write_str(what),
+            Failure::Usage(what) | Failure::Failed(what) | Failure::Skipped(what) => f.write_str(what),
             Failure::Reported => f.write_str("see above"),
             Failure::OutputClosed => f.write_str("the output was closed"),
         }

@@ -8,7 +8,8 @@
 //!   loop over a file or the bare device), [`session`] (devices and mounts), [`source`] (trees of the host), [`out`],
 //!   [`units`], [`sys`], [`failure`].
 //!
-//! The bench uses the public API of `fs-core` only, and of `bdev-adapter` for raw loops.
+//! The bench uses the public API of `fs-core` only, and of `bdev-adapter` for raw loops (and its hidden loop over SPDK's
+//! own functions, as a peer).
 
 mod compare;
 mod demo;
@@ -83,7 +84,7 @@ fn main() -> ExitCode {
     match dispatch(&cli.command) {
         Ok(()) | Err(Failure::OutputClosed) => ExitCode::SUCCESS,
         Err(Failure::Reported) => ExitCode::FAILURE,
-        Err(Failure::Failed(what)) => {
+        Err(Failure::Failed(what) | Failure::Skipped(what)) => {
             out::remark(format!("error: {what}"));
             ExitCode::FAILURE
         }

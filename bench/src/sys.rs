@@ -1,8 +1,10 @@
-//! What only the operating system can tell or do: CPU time of a thread, pinning, peak memory.
+//! What only the operating system can tell or do: CPU time of a thread, pinning, peak memory, children that end with us.
 //!
-//! All `unsafe` of the bench is here: four libc calls that fill plain structs.
+//! All `unsafe` of the bench is here: libc calls that fill plain structs, and what a child does before it runs its program.
 
 use std::mem;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// CPU time that the calling thread has used, in nanoseconds.
@@ -107,20 +109,46 @@ impl Pinned {
     /// Pins the calling thread to the last core it may run on (interrupts tend to be on the first). `None` when the
     /// system does not allow it: the figures are a little less steady then.
     pub(crate) fn to_last_core() -> Option<Pinned> {
+        Pinned::to_core(*cores().last()?)
+    }
+
+    /// Pins the calling thread to a core.
+    pub(crate) fn to_core(core: usize) -> Option<Pinned> {
+        let before = affinity()?;
         // SAFETY: cpu_set_t is a plain bit mask, for which zeroes are valid.
-        let mut before: libc::cpu_set_t = unsafe { mem::zeroed() };
-        // SAFETY: the pointer is to a live mask of the length given; 0 is the calling thread.
-        if unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut before) } != 0 {
+        let mut mask: libc::cpu_set_t = unsafe { mem::zeroed() };
+        if core >= libc::CPU_SETSIZE as usize {
             return None;
         }
-        // SAFETY: every index is below CPU_SETSIZE, the number of bits in the mask.
-        let core =
-            (0..libc::CPU_SETSIZE as usize).rfind(|&core| unsafe { libc::CPU_ISSET(core, &before) })?;
-        // SAFETY: as for `before`.
-        let mut mask: libc::cpu_set_t = unsafe { mem::zeroed() };
-        // SAFETY: the index came from the same range as above.
+        // SAFETY: the index is below CPU_SETSIZE, the number of bits in the mask.
         unsafe { libc::CPU_SET(core, &mut mask) };
         set_affinity(&mask).then_some(Pinned { before })
+    }
+}
+
+/// The cores that the calling thread may run on.
+pub(crate) fn cores() -> Vec<usize> {
+    let Some(mask) = affinity() else { return Vec::new() };
+    // SAFETY: every index is below CPU_SETSIZE, the number of bits in the mask.
+    (0..libc::CPU_SETSIZE as usize).filter(|&core| unsafe { libc::CPU_ISSET(core, &mask) }).collect()
+}
+
+fn affinity() -> Option<libc::cpu_set_t> {
+    // SAFETY: cpu_set_t is a plain bit mask, for which zeroes are valid.
+    let mut mask: libc::cpu_set_t = unsafe { mem::zeroed() };
+    // SAFETY: the pointer is to a live mask of the length given; 0 is the calling thread.
+    let result = unsafe { libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut mask) };
+    (result == 0).then_some(mask)
+}
+
+/// Has the child killed when the calling thread ends, however that happens: it would keep a core busy for ever.
+pub(crate) fn end_with_us(command: &mut Command) -> &mut Command {
+    // SAFETY: prctl is a system call, which is allowed between fork and exec, and takes plain numbers.
+    unsafe {
+        command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        })
     }
 }
 

@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use super::slots::{MAX_SEGMENTS, Op, Owner, Slot, SlotId, Slots, Work};
 use super::split::{Data, Limits, Splits};
-use crate::{Completion, Geometry, IoErrorKind, Kind, QueuePair, Request, Segments};
+use crate::{Completion, DmaBuf, Geometry, IoErrorKind, Kind, QueuePair, Request, Segments};
 
 /// What a flush has to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -500,11 +500,15 @@ impl<D: Driver> Engine<D> {
 impl<D: Driver> QueuePair for Engine<D> {
     fn submit(&mut self, request: Request) {
         self.outstanding += 1;
-        if self.is_plain(&request) && !self.must_wait() {
-            self.ready.push(self.slots.take_for_request(request));
-        } else {
-            self.submit_other(request);
+        if self.must_wait() || !self.is_plain(&request) {
+            return self.submit_other(request);
         }
+        let op = if request.kind == Kind::Read { Op::Read } else { Op::Write };
+        let Segments::One(buf) = &request.bufs else { return self.submit_other(request) };
+        // SAFETY: the request is forgotten, and with it `buf`.
+        let buf = unsafe { DmaBuf::read_by_words(buf) };
+        self.ready.push(self.slots.take_for_plain(op, request.offset, buf, request.tag));
+        std::mem::forget(request);
     }
 
     fn kick(&mut self) {

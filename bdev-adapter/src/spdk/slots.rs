@@ -20,7 +20,7 @@ use std::time::Instant;
 use spdk_sys::bdev::iovec;
 
 use super::split::Piece;
-use crate::{Completion, IoError, IoErrorKind, Kind, Request, Segments};
+use crate::{Completion, DmaBuf, IoError, IoErrorKind, Kind, Request, Segments};
 
 /// Segments of one I/O at SPDK; requests with more are carried out in pieces.
 pub(super) const MAX_SEGMENTS: usize = 16;
@@ -182,6 +182,20 @@ impl Slots {
         Slots { slots, ring, free: (0..count).rev().map(id).collect() }
     }
 
+    /// Takes a free slot, of which there are some, for a read or write of the buffer `buf` without a deadline or FUA.
+    #[inline(always)]
+    pub(super) fn take_for_plain(&mut self, op: Op, offset: u64, buf: DmaBuf, tag: u64) -> SlotId {
+        let Some(id) = self.free.pop() else { unreachable!("no slot is free") };
+        let work = self.work(id);
+        (work.op, work.owner) = (op, Owner::Request);
+        (work.offset, work.len, work.tag) = (offset, buf.len() as u64, tag);
+        (work.fua, work.retries, work.deadline) = (false, 0, None);
+        debug_assert!(matches!(work.bufs, Segments::None));
+        // SAFETY: a free slot has `Segments::None`, of which nothing is to be dropped.
+        unsafe { std::ptr::write(&mut work.bufs, Segments::One(buf)) };
+        id
+    }
+
     /// Takes a free slot, of which there are some, for a whole request.
     #[inline]
     pub(super) fn take_for_request(&mut self, request: Request) -> SlotId {
@@ -224,12 +238,19 @@ impl Slots {
         answer: &mut MaybeUninit<Completion>,
     ) {
         let work = self.work(id);
-        let result = match result {
-            Ok(()) => Ok(()),
-            Err(kind) => Err(io_error(work, kind)),
-        };
-        let bufs = std::mem::replace(&mut work.bufs, Segments::None);
-        answer.write(Completion { tag: work.tag, result, bufs, epoch });
+        let place = answer.as_mut_ptr();
+        // SAFETY: every field of `answer` is written. The buffers are moved, without a stop on the stack; what is left in
+        // their place has nothing to be dropped.
+        unsafe {
+            (&raw mut (*place).bufs).write(std::ptr::read(&work.bufs));
+            std::ptr::write(&mut work.bufs, Segments::None);
+            (&raw mut (*place).tag).write(work.tag);
+            (&raw mut (*place).epoch).write(epoch);
+            (&raw mut (*place).result).write(match result {
+                Ok(()) => Ok(()),
+                Err(kind) => Err(io_error(work, kind)),
+            });
+        }
         self.free.push(id);
     }
 

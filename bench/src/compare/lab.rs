@@ -21,8 +21,9 @@ const PIECE: usize = 1 << 20;
 const DEPTH: usize = 8;
 /// Where and how rows are measured.
 pub(crate) struct Lab {
-    /// The device under test; every row begins by formatting it.
-    pub(crate) device: Arc<dyn Device>,
+    /// The URI of the device under test.
+    pub(crate) uri: String,
+    device: Option<Arc<dyn Device>>,
     /// How long a sample takes, about.
     pub(crate) seconds: Duration,
     /// Which time counts.
@@ -38,9 +39,10 @@ pub(crate) struct Lab {
 }
 
 impl Lab {
-    /// Opens the device at `uri`.
+    /// Opens the device at `uri`, if there is a row that needs it.
     pub(crate) fn open(
-        uri: &str,
+        uri: String,
+        needed: bool,
         force: bool,
         seconds: Duration,
         clock: Clock,
@@ -50,17 +52,22 @@ impl Lab {
         if seconds.is_zero() {
             return Err(Failure::Usage("--seconds must be more than zero".to_owned()));
         }
-        let device = open_device(uri, Access::Create)?;
-        Ok(Lab { device, seconds, clock, seed, bars, force: Cell::new(force), touched: Cell::new(0) })
+        let device = if needed { Some(open_device(&uri, Access::Create)?) } else { None };
+        Ok(Lab { uri, device, seconds, clock, seed, bars, force: Cell::new(force), touched: Cell::new(0) })
+    }
+
+    /// The device under test, in rows that are [on it](super::row::Row::on_device); those that write begin by formatting it.
+    pub(crate) fn device(&self) -> &Arc<dyn Device> {
+        self.device.as_ref().expect("only rows that are on the device ask for it")
     }
 
     /// A fresh filesystem on the device, mounted with everything on the calling thread: rows count one core, and a helper
     /// thread would do part of the work on another.
     pub(crate) fn fresh(&self) -> Result<Mounted> {
-        format_device(&self.device, "compare", self.force.get())?;
+        format_device(self.device(), "compare", self.force.get())?;
         self.force.set(true);
         let options = MountOptions { helper_thread: false, ..MountOptions::default() };
-        let fs = Filesystem::mount(Arc::clone(&self.device), &options).doing("mount the filesystem")?;
+        let fs = Filesystem::mount(Arc::clone(self.device()), &options).doing("mount the filesystem")?;
         let channel = fs.channel().doing("open a channel")?;
         Ok(Mounted { channel, fs })
     }
@@ -69,15 +76,15 @@ impl Lab {
     /// never was is a shared page of zeroes, a hole in a file is no I/O at all, and reading those would flatter the raw
     /// device.
     pub(crate) fn touch(&self, bytes: u64) -> Result<()> {
-        let bytes = bytes.min(self.device.geometry().capacity);
+        let bytes = bytes.min(self.device().geometry().capacity);
         if self.touched.get() >= bytes {
             return Ok(());
         }
         // Formatting refuses to erase a filesystem unless told to; raw writes must not get around that.
         self.fresh()?.unmount()?;
         let bar = self.bars.bytes("touch the device", bytes);
-        let mut lane = RawLane::new(&self.device, 0)?;
-        write_all(&mut lane, &self.device, bytes, PIECE, &mut |done| bar.set_position(done))?;
+        let mut lane = RawLane::new(self.device(), 0)?;
+        write_all(&mut lane, self.device(), bytes, PIECE, &mut |done| bar.set_position(done))?;
         bar.finish_and_clear();
         self.touched.set(bytes);
         Ok(())
@@ -86,7 +93,7 @@ impl Lab {
     /// A file size for streams: `wanted`, or what fits well on the device.
     pub(crate) fn span(&self, wanted: u64) -> Result<u64> {
         let piece = PIECE as u64;
-        let span = wanted.min(self.device.geometry().capacity / 5 * 2) / piece * piece;
+        let span = wanted.min(self.device().geometry().capacity / 5 * 2) / piece * piece;
         if span == 0 {
             return Err(Failure::new(
                 "the device is too small to measure anything on it; 64 MiB is the least",
@@ -120,7 +127,7 @@ impl Mounted {
         let file = self.create(name)?;
         let bar = lab.bars.bytes("write the file", bytes);
         let mut lane = FileLane::new(&self.channel, file.clone());
-        write_all(&mut lane, &lab.device, bytes, PIECE, &mut |done| bar.set_position(done))?;
+        write_all(&mut lane, lab.device(), bytes, PIECE, &mut |done| bar.set_position(done))?;
         self.channel.sync().doing("sync the filesystem")?;
         bar.finish_and_clear();
         Ok(file)

@@ -39,7 +39,8 @@ const BUSY_ENOUGH: f64 = 0.9;
   bench compare --device 'file:scratch.img?size=4GiB'
 
 The device is erased. Without --device: the SPDK malloc bdev of scripts/spdk-malloc.json in a build with SPDK,
-else memory. Exit code: 0 when every row was measured (with --strict: and reached its goal), else 1.")]
+else memory. A row that needs what this machine or build lacks is skipped, with the reason on standard error.
+Exit code: 0 when every row was measured or skipped (with --strict: was measured and reached its goal), else 1.")]
 pub(crate) struct CompareArgs {
     /// Device, which is erased
     #[arg(long, short = 'd', value_name = "URI")]
@@ -109,14 +110,17 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
         return out.flush();
     }
     let uri = args.device.clone().unwrap_or_else(default_device);
-    let lab = Lab::open(&uri, args.force, args.seconds, args.clock, args.seed, Bars::new(args.json))?;
+    let on_device = rows.iter().any(|row| row.on_device);
+    let bars = Bars::new(args.json);
+    let lab = Lab::open(uri.clone(), on_device, args.force, args.seconds, args.clock, args.seed, bars)?;
+    let uri = if on_device { &uri } else { "-" };
     out.line(format!("device {uri}, {} repeats of {} each side", args.repeats, units::time(args.seconds)))?;
     if args.clock == Clock::Cpu {
         remark("NOTE: the times are CPU times of the measuring thread (--clock cpu)");
     }
     out.line_now(header())?;
     let mut outcomes = Vec::new();
-    let mut failed = false;
+    let (mut failed, mut skipped) = (false, false);
     for row in rows {
         match measure(row, &lab, args.repeats) {
             Ok(outcome) => {
@@ -124,6 +128,10 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
                 outcomes.push(outcome);
             }
             Err(failure @ (Failure::Usage(_) | Failure::OutputClosed)) => return Err(failure),
+            Err(Failure::Skipped(why)) => {
+                remark(format!("SKIPPED: {}: {why}", row.metric));
+                skipped = true;
+            }
             Err(failure) => {
                 remark(format!("error: {}: {failure}", row.metric));
                 failed = true;
@@ -134,7 +142,7 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
         out.json(&outcomes)?;
     }
     out.flush()?;
-    let missed = args.strict && outcomes.iter().any(|outcome| outcome.pass == Some(false));
+    let missed = args.strict && (skipped || outcomes.iter().any(|outcome| outcome.pass == Some(false)));
     if failed || missed { Err(Failure::Reported) } else { Ok(()) }
 }
 
@@ -193,13 +201,16 @@ fn measure(row: &Row, lab: &Lab, repeats: u32) -> Result<Outcome> {
         contest.ours(lab)?;
         contest.peer(lab)?;
         let mut samples = Vec::with_capacity(repeats as usize);
-        let (began, cpu) = (Instant::now(), thread_cpu_ns());
+        // Of our side only: a peer may be a process of its own.
+        let (mut wall, mut cpu) = (Duration::ZERO, 0);
         for repeat in 1..=repeats {
             bar.set_message(format!("{}: {repeat}/{repeats}", row.metric));
+            let (began, cpu_before) = (Instant::now(), thread_cpu_ns());
             let ours = contest.ours(lab)?;
+            (wall, cpu) = (wall + began.elapsed(), cpu + thread_cpu_ns() - cpu_before);
             samples.push(Sample { ours, peer: contest.peer(lab)? });
         }
-        let busy = (thread_cpu_ns() - cpu) as f64 / began.elapsed().as_nanos() as f64;
+        let busy = cpu as f64 / wall.as_nanos() as f64;
         let mut remarks = contest.remarks();
         if busy < BUSY_ENOUGH && lab.clock == Clock::Wall {
             let percent = busy * 100.0;
@@ -228,8 +239,10 @@ fn outcome(row: &Row, samples: &[Sample]) -> Outcome {
     let ours = sorted(&|sample| Some(sample.ours));
     let peer = sorted(&|sample| sample.peer);
     let ratios = sorted(&|sample| sample.peer.map(|peer| sample.ours / peer));
+    let differences = sorted(&|sample| sample.peer.map(|peer| sample.ours - peer));
     let figures = match row.figure {
         Figure::Ratio => &ratios,
+        Figure::Difference => &differences,
         Figure::Ours => &ours,
     };
     let middle = median(figures).unwrap_or(f64::NAN);
@@ -276,7 +289,7 @@ fn line(outcome: &Outcome, figure: Figure) -> String {
     let goal = match (&outcome.goal, figure) {
         (None, _) => "-".to_owned(),
         (Some(goal), Figure::Ratio) => format!("{goal} x"),
-        (Some(goal), Figure::Ours) => goal.clone(),
+        (Some(goal), Figure::Difference | Figure::Ours) => goal.clone(),
     };
     let verdict = match outcome.pass {
         None => "",
@@ -309,6 +322,7 @@ mod tests {
             peer_name: Some("p"),
             figure,
             goal: Some(goal),
+            on_device: false,
             about: "",
             prepare: |_| Err(Failure::new("not used")),
         };
@@ -320,6 +334,9 @@ mod tests {
         let ours = outcome(&row(Figure::Ours, Goal::AtMost(24.0)), &samples);
         assert_eq!((ours.median, ours.min, ours.max, ours.pass), (25.0, 10.0, 40.0, Some(false)));
         assert_eq!((ours.ours, ours.peer, ours.ratio), (25.0, Some(20.0), Some(0.75)));
+        let difference = outcome(&row(Figure::Difference, Goal::AtMost(-5.0)), &samples);
+        let figures = (difference.median, difference.min, difference.max, difference.pass);
+        assert_eq!(figures, (-5.0, -40.0, 10.0, Some(true)));
     }
 
     #[test]

@@ -17,9 +17,12 @@ pub(crate) struct Row {
     pub(crate) figure: Figure,
     /// What is to be reached.
     pub(crate) goal: Option<Goal>,
+    /// It uses the device under test (else it has one of its own).
+    pub(crate) on_device: bool,
     /// What exactly is measured.
     pub(crate) about: &'static str,
-    /// Builds what both sides need. Not timed.
+    /// Builds what both sides need. Not timed. [`Failure::Skipped`](crate::failure::Failure) when this machine or build
+    /// lacks something.
     pub(crate) prepare: fn(&Lab) -> Result<Box<dyn Contest>>,
 }
 
@@ -28,6 +31,8 @@ pub(crate) struct Row {
 pub(crate) enum Figure {
     /// Ours divided by the peer's, sample by sample.
     Ratio,
+    /// Ours minus the peer's, sample by sample.
+    Difference,
     /// Ours alone.
     Ours,
 }

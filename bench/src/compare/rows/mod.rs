@@ -1,5 +1,6 @@
 //! The rows, one file a family.
 
+mod adapter;
 mod mount;
 mod names;
 mod randread;
@@ -9,5 +10,5 @@ use super::row::Row;
 
 /// All rows, in the order in which they are measured.
 pub(crate) fn all() -> impl Iterator<Item = &'static Row> {
-    [randread::ROWS, stream::ROWS, mount::ROWS, names::ROWS].into_iter().flatten()
+    [randread::ROWS, stream::ROWS, mount::ROWS, names::ROWS, adapter::ROWS].into_iter().flatten()
 }

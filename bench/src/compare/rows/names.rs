@@ -24,6 +24,7 @@ pub(crate) const ROWS: &[Row] = &[Row {
     peer_name: Some("the same in blocking calls"),
     figure: Figure::Ours,
     goal: Some(Goal::AtLeast(100_000.0)),
+    on_device: true,
     about: "create + delete pairs with 1e6 files present, random names, another order, final commit inside; 64 in flight",
     prepare: |lab| Ok(Box::new(Names::prepare(lab)?)),
 }];

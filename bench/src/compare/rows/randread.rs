@@ -26,6 +26,7 @@ pub(crate) const ROWS: &[Row] = &[Row {
     peer_name: Some("raw device"),
     figure: Figure::Ratio,
     goal: Some(Goal::AtLeast(0.50)),
+    on_device: true,
     about: "random 4 KiB direct reads, 32 in flight, of a 1 GiB file of at least 100,000 extents, checksums verified",
     prepare: |lab| Ok(Box::new(RandomReads::prepare(lab, 32)?)),
 }];
@@ -49,7 +50,7 @@ struct RandomReads {
 impl RandomReads {
     fn prepare(lab: &Lab, depth: usize) -> Result<RandomReads> {
         // The file, its overwritten blocks that wait for a commit, and metadata.
-        let (capacity, need) = (lab.device.geometry().capacity, 2 * FILE_BYTES);
+        let (capacity, need) = (lab.device().geometry().capacity, 2 * FILE_BYTES);
         if capacity < need {
             let (capacity, need) = (units::bytes(capacity), units::bytes(need));
             return Err(Failure::new(format!("the device has {capacity}; this row needs {need}")));
@@ -57,9 +58,9 @@ impl RandomReads {
         lab.touch(FILE_BYTES)?;
         let mounted = lab.fresh()?;
         let file = mounted.create_filled(lab, "randread", FILE_BYTES)?;
-        let mut buffers = dma_buffers(&lab.device, depth, BLOCK)?;
+        let mut buffers = dma_buffers(lab.device(), depth, BLOCK)?;
         let extents = scatter(lab, &mounted, &file, &mut buffers)?;
-        let raw = RawLane::new(&lab.device, 0)?;
+        let raw = RawLane::new(lab.device(), 0)?;
         Ok(RandomReads { mounted, file, raw, buffers, extents, seed: Cell::new(lab.seed) })
     }
 

@@ -25,6 +25,7 @@ pub(crate) const ROWS: &[Row] = &[
         peer_name: Some("raw device"),
         figure: Figure::Ratio,
         goal: Some(Goal::AtLeast(0.60)),
+        on_device: true,
         about: "sequential 1 MiB direct writes, 8 in flight, checksums on, final sync inside (raw: final flush)",
         prepare: |lab| Ok(Box::new(Writes::prepare(lab)?)),
     },
@@ -34,6 +35,7 @@ pub(crate) const ROWS: &[Row] = &[
         peer_name: Some("raw device"),
         figure: Figure::Ratio,
         goal: Some(Goal::AtLeast(0.60)),
+        on_device: true,
         about: "sequential 1 MiB direct reads, 8 in flight, checksums verified",
         prepare: |lab| Ok(Box::new(Reads::prepare(lab)?)),
     },
@@ -51,7 +53,7 @@ struct Writes {
 impl Writes {
     fn prepare(lab: &Lab) -> Result<Writes> {
         lab.touch(FILE_BYTES)?;
-        let mut buffers = dma_buffers(&lab.device, DEPTH, PIECE)?;
+        let mut buffers = dma_buffers(lab.device(), DEPTH, PIECE)?;
         for (number, buf) in buffers.iter_mut().enumerate() {
             crate::transfer::edit::pattern(lab.seed + number as u64, 0, buf);
         }
@@ -87,7 +89,7 @@ impl Contest for Writes {
 
     fn peer(&mut self, lab: &Lab) -> Result<Option<f64>> {
         let (mut bytes, mut time) = (0, Duration::ZERO);
-        let mut lane = RawLane::new(&lab.device, 0)?;
+        let mut lane = RawLane::new(lab.device(), 0)?;
         while time < lab.seconds {
             time += self.pass(lab.clock, &mut lane)?;
             bytes += self.span;
@@ -110,7 +112,7 @@ impl Reads {
         let span = lab.span(FILE_BYTES)?;
         let mounted = lab.fresh()?;
         let file = mounted.create_filled(lab, "stream", span)?;
-        let (raw, buffers) = (RawLane::new(&lab.device, 0)?, dma_buffers(&lab.device, DEPTH, PIECE)?);
+        let (raw, buffers) = (RawLane::new(lab.device(), 0)?, dma_buffers(lab.device(), DEPTH, PIECE)?);
         Ok(Reads { mounted, file, raw, span, buffers })
     }
 }
