@@ -304,7 +304,7 @@ impl<D: Driver> Engine<D> {
     #[inline]
     fn start(&mut self, id: SlotId) -> bool {
         let work = self.slots.work(id);
-        let (offset, len) = (work.offset, work.len);
+        let (offset, len) = (work.offset, work.len());
         // The most common kind first.
         let (op, fua, data) = match (work.op, &work.bufs) {
             (Op::Read, Segments::One(buf)) => (Op::Read, false, Data::One(buf.as_ptr().cast())),
@@ -330,8 +330,8 @@ impl<D: Driver> Engine<D> {
     fn data_of_other(&mut self, id: SlotId) -> Result<(Op, bool, Data), IoErrorKind> {
         let segments = self.slots.segments(id);
         let work = self.slots.work(id);
-        let (op, fua, offset, len) = (work.op, work.fua, work.offset, work.len);
-        let data = match work.owner {
+        let (op, fua, offset, len) = (work.op, work.fua, work.offset, work.len());
+        let data = match work.owner() {
             Owner::Request if op == Op::Flush => {
                 let (epoch, now) = (work.epoch, self.driver.epoch());
                 if epoch != now {
@@ -365,10 +365,11 @@ impl<D: Driver> Engine<D> {
         let done = self.slots.done();
         completions.reserve(done);
         let epoch = self.driver.done_epoch();
+        let failures = self.slots.has_failures();
         let mut answered = 0;
         for i in 0..done {
-            let (id, result) = self.slots.outcome(i);
-            let result = match result {
+            let id = self.slots.done_at(i);
+            let result = match if failures { self.slots.outcome(id) } else { Ok(()) } {
                 Ok(()) => Ok(()),
                 Err(why) => match self.judge_failure(id, why) {
                     Verdict::Answer(why) => Err(why),
@@ -376,7 +377,7 @@ impl<D: Driver> Engine<D> {
                 },
             };
             let answer = &mut completions.spare_capacity_mut()[answered];
-            match self.slots.work(id).owner {
+            match self.slots.work(id).owner() {
                 Owner::Request => {
                     self.slots.answer(id, result, epoch, answer);
                     answered += 1;
@@ -402,7 +403,7 @@ impl<D: Driver> Engine<D> {
         // As a raw pointer's target: the slot and its work are apart.
         let verdict = self.slots.with(id, |slot, work| self.driver.verdict(why, slot, work));
         if let Verdict::Again = verdict {
-            if let Some(deadline) = self.slots.work(id).deadline {
+            if let Some(deadline) = self.slots.work(id).deadline() {
                 self.note_deadline(Some(deadline));
             }
             self.ready.push(id);
@@ -450,7 +451,7 @@ impl<D: Driver> Engine<D> {
         let (slots, mut late) = (&mut self.slots, 0);
         let earliest = &mut self.earliest_deadline;
         self.ready.retain(|&id| {
-            let deadline = slots.work(id).deadline;
+            let deadline = slots.work(id).deadline();
             if deadline.is_some_and(|deadline| deadline <= now) {
                 slots.refuse(id, IoErrorKind::TimedOut);
                 late += 1;

@@ -62,23 +62,43 @@ impl Op {
     }
 }
 
-/// What a slot is taken for.
+/// What a slot is taken for. With the pointer before it in the slot, what most requests need is one cache line.
 #[derive(Debug)]
+#[repr(C)]
 pub(super) struct Work {
-    pub(super) op: Op,
-    pub(super) owner: Owner,
-    /// Byte address and length at the device.
+    pub(super) bufs: Segments,
+    /// Byte address at the device.
     pub(super) offset: u64,
-    pub(super) len: u64,
     /// For a whole request only.
     tag: u64,
-    /// Of a flush: the epoch that it names.
-    pub(super) epoch: u64,
+    pub(super) op: Op,
     pub(super) fua: bool,
     /// How often it was started again after its connection was lost.
     pub(super) retries: u8,
-    pub(super) deadline: Option<Instant>,
-    pub(super) bufs: Segments,
+    /// A read or write of one buffer without a deadline: nothing below is meaningful.
+    plain: bool,
+    owner: Owner,
+    len: u64,
+    /// Of a flush: the epoch that it names.
+    pub(super) epoch: u64,
+    deadline: Option<Instant>,
+}
+
+impl Work {
+    #[inline]
+    pub(super) fn owner(&self) -> Owner {
+        if self.plain { Owner::Request } else { self.owner }
+    }
+
+    /// Length in bytes at the device.
+    #[inline]
+    pub(super) fn len(&self) -> u64 {
+        if self.plain { self.bufs.len() } else { self.len }
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        if self.plain { None } else { self.deadline }
+    }
 }
 
 /// Whose I/O it is.
@@ -94,12 +114,12 @@ pub(super) enum Owner {
 #[repr(C, align(64))]
 pub(super) struct Slot {
     ring: NonNull<Ring>,
+    work: UnsafeCell<Work>,
     failed: Cell<bool>,
-    /// When it was started, by the driver's own clock; 0 while SPDK does not know it. For drivers with timeouts.
-    pub(super) started: Cell<u32>,
     /// The device was asked to give it up.
     pub(super) aborting: Cell<bool>,
-    work: UnsafeCell<Work>,
+    /// When it was started, by the driver's own clock; 0 while SPDK does not know it. For drivers with timeouts.
+    pub(super) started: Cell<u32>,
     /// Meaningful while `failed`.
     failure: Cell<IoErrorKind>,
     /// Where SPDK is in the segments, for drivers that it asks for one after the other.
@@ -125,6 +145,8 @@ unsafe impl Send for SlotId {}
 /// Slots that are done, in order. Each is on it at most once, so it never overflows.
 struct Ring {
     len: Cell<usize>,
+    /// Some of them have failed.
+    failures: Cell<bool>,
     entries: Box<[Cell<SlotId>]>,
 }
 
@@ -151,28 +173,30 @@ unsafe impl Send for Slots {}
 impl Slots {
     pub(super) fn new(count: u32) -> Slots {
         let nowhere = SlotId(NonNull::dangling());
-        let ring = Ring { len: Cell::new(0), entries: (0..count).map(|_| Cell::new(nowhere)).collect() };
+        let entries = (0..count).map(|_| Cell::new(nowhere)).collect();
+        let ring = Ring { len: Cell::new(0), failures: Cell::new(false), entries };
         let ring = NonNull::from(Box::leak(Box::new(ring)));
         let empty = iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         let slot = |_| Slot {
             ring,
-            failed: Cell::new(false),
-            started: Cell::new(0),
-            aborting: Cell::new(false),
-            cursor: Cell::new(Cursor::default()),
             work: UnsafeCell::new(Work {
-                op: Op::Flush,
-                owner: Owner::Request,
+                bufs: Segments::None,
                 offset: 0,
-                len: 0,
                 tag: 0,
-                epoch: 0,
+                op: Op::Flush,
                 fua: false,
                 retries: 0,
+                plain: false,
+                owner: Owner::Request,
+                len: 0,
+                epoch: 0,
                 deadline: None,
-                bufs: Segments::None,
             }),
+            failed: Cell::new(false),
+            aborting: Cell::new(false),
+            started: Cell::new(0),
             failure: Cell::new(IoErrorKind::NoMemory),
+            cursor: Cell::new(Cursor::default()),
             segments: UnsafeCell::new([empty; MAX_SEGMENTS]),
         };
         let slots: NonNull<[Slot]> = NonNull::from(Box::leak((0..count).map(slot).collect::<Box<[Slot]>>()));
@@ -187,9 +211,8 @@ impl Slots {
     pub(super) fn take_for_plain(&mut self, op: Op, offset: u64, buf: DmaBuf, tag: u64) -> SlotId {
         let Some(id) = self.free.pop() else { unreachable!("no slot is free") };
         let work = self.work(id);
-        (work.op, work.owner) = (op, Owner::Request);
-        (work.offset, work.len, work.tag) = (offset, buf.len() as u64, tag);
-        (work.fua, work.retries, work.deadline) = (false, 0, None);
+        (work.op, work.fua, work.retries, work.plain) = (op, false, 0, true);
+        (work.offset, work.tag) = (offset, tag);
         debug_assert!(matches!(work.bufs, Segments::None));
         // SAFETY: a free slot has `Segments::None`, of which nothing is to be dropped.
         unsafe { std::ptr::write(&mut work.bufs, Segments::One(buf)) };
@@ -202,6 +225,7 @@ impl Slots {
         let Some(id) = self.free.pop() else { unreachable!("no slot is free") };
         let work = self.work(id);
         work.op = request.kind.into();
+        work.plain = false;
         work.owner = Owner::Request;
         work.offset = request.offset;
         work.len = request.len;
@@ -224,7 +248,7 @@ impl Slots {
         let work = self.work(id);
         (work.op, work.owner) = (piece.op, Owner::Split { split: piece.split, segments: piece.segments });
         (work.offset, work.len, work.deadline) = (piece.offset, piece.len, None);
-        (work.fua, work.retries) = (piece.fua, 0);
+        (work.fua, work.retries, work.plain) = (piece.fua, 0, false);
         Some(id)
     }
 
@@ -242,14 +266,14 @@ impl Slots {
         // SAFETY: every field of `answer` is written. The buffers are moved, without a stop on the stack; what is left in
         // their place has nothing to be dropped.
         unsafe {
-            (&raw mut (*place).bufs).write(std::ptr::read(&work.bufs));
-            std::ptr::write(&mut work.bufs, Segments::None);
-            (&raw mut (*place).tag).write(work.tag);
-            (&raw mut (*place).epoch).write(epoch);
             (&raw mut (*place).result).write(match result {
                 Ok(()) => Ok(()),
                 Err(kind) => Err(io_error(work, kind)),
             });
+            (&raw mut (*place).bufs).write(std::ptr::read(&work.bufs));
+            std::ptr::write(&mut work.bufs, Segments::None);
+            (&raw mut (*place).tag).write(work.tag);
+            (&raw mut (*place).epoch).write(epoch);
         }
         self.free.push(id);
     }
@@ -306,17 +330,30 @@ impl Slots {
         self.ring().len.get()
     }
 
-    /// The `i`th slot on the ring, with its outcome.
+    /// The `i`th slot on the ring.
     #[inline]
-    pub(super) fn outcome(&self, i: usize) -> (SlotId, Result<(), IoErrorKind>) {
-        let id = self.ring().entries[i].get();
-        (id, self.slot(id).outcome())
+    pub(super) fn done_at(&self, i: usize) -> SlotId {
+        self.ring().entries[i].get()
+    }
+
+    /// Whether slots on the ring have failed.
+    #[inline]
+    pub(super) fn has_failures(&self) -> bool {
+        self.ring().failures.get()
+    }
+
+    /// How the I/O of a slot on the ring ended.
+    pub(super) fn outcome(&self, id: SlotId) -> Result<(), IoErrorKind> {
+        let slot = self.slot(id);
+        // The next I/O begins with a clean slate.
+        if slot.failed.take() { Err(slot.failure.get()) } else { Ok(()) }
     }
 
     /// Empties the ring, after its slots were freed.
     #[inline]
     pub(super) fn clear_done(&mut self) {
         self.ring().len.set(0);
+        self.ring().failures.set(false);
     }
 
     #[inline]
@@ -336,18 +373,10 @@ impl Slots {
 impl Slot {
     #[cold]
     pub(super) fn fail(&self, why: IoErrorKind) {
+        // SAFETY: as in `done`.
+        unsafe { self.ring.as_ref() }.failures.set(true);
         self.failed.set(true);
         self.failure.set(why);
-    }
-
-    /// How it ended, once it is on the ring. The next I/O begins with a clean slate.
-    #[inline]
-    fn outcome(&self) -> Result<(), IoErrorKind> {
-        if !self.failed.get() {
-            return Ok(());
-        }
-        self.failed.set(false);
-        Err(self.failure.get())
     }
 
     /// What SPDK gets as the callback's argument.
@@ -414,7 +443,7 @@ impl Slot {
 
 #[cold]
 fn io_error(work: &Work, kind: IoErrorKind) -> Box<IoError> {
-    Box::new(IoError { op: work.op.name(), offset: work.offset, len: work.len, kind })
+    Box::new(IoError { op: work.op.name(), offset: work.offset, len: work.len(), kind })
 }
 
 /// The slots of a table, for another thread that looks at them while it keeps the queue pair's owner out.

@@ -23,27 +23,22 @@ mod with_spdk {
     use std::time::Duration;
 
     use bdev_adapter::spdk::direct::DirectReads;
-    use bdev_adapter::{Completion, DmaBuf, Error, QueuePair, Request, spdk};
+    use bdev_adapter::{Error, spdk};
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
 
-    use super::super::BLOCK;
+    use super::super::{BATCH, BLOCK, Reader};
     use crate::compare::lab::Lab;
     use crate::compare::row::Contest;
     use crate::failure::{Doing, Failure, Result};
-    use crate::session::dma_buffers;
     use crate::sys::{Clock, Pinned};
 
     const DEPTH: usize = 32;
     const BLOCKS: u64 = (2 << 30) / BLOCK as u64;
-    /// Reads between two looks at the clock; filling and emptying the queue is lost in so many.
-    const BATCH: u64 = 1 << 18;
     const NAME: &str = "BenchNull";
 
     pub(super) struct Reads {
-        queue: Box<dyn QueuePair>,
-        buffers: Vec<DmaBuf>,
-        completions: Vec<Completion>,
+        reader: Reader,
         direct: DirectReads,
     }
 
@@ -55,38 +50,13 @@ mod with_spdk {
                 result => result.doing("make a null bdev")?,
             }
             let direct = DirectReads::open(NAME, DEPTH).doing("open the null bdev")?;
-            let device = direct.device();
-            let buffers = dma_buffers(&device, DEPTH, BLOCK)?;
-            let queue = device.queue_pair().doing("open a queue pair")?;
-            Ok(Reads { queue, buffers, completions: Vec::with_capacity(DEPTH), direct })
-        }
-
-        /// The loop of [`DirectReads::run`], over the queue pair.
-        fn read(&mut self, reads: u64, mut next_block: impl FnMut() -> u64) -> Result<()> {
-            let mut request = |buf| Request::read(next_block() * BLOCK as u64, buf, 0);
-            let queue = &mut *self.queue;
-            for buf in self.buffers.drain(..) {
-                queue.submit(request(buf.into()));
-            }
-            let mut left = reads;
-            while left > 0 {
-                left = left.saturating_sub(queue.poll(&mut self.completions) as u64);
-                for completion in self.completions.drain(..) {
-                    completion.result.doing("read")?;
-                    queue.submit(request(completion.bufs));
-                }
-            }
-            while queue.outstanding() > 0 {
-                queue.poll(&mut self.completions);
-            }
-            self.buffers.extend(self.completions.drain(..).filter_map(|completion| completion.bufs.into_one()));
-            Ok(())
+            Ok(Reads { reader: Reader::open(&direct.device(), DEPTH)?, direct })
         }
     }
 
     impl Contest for Reads {
         fn ours(&mut self, lab: &Lab) -> Result<f64> {
-            ns_per_read(lab, |random| self.read(BATCH, || random.random_range(0..BLOCKS)))
+            ns_per_read(lab, |random| self.reader.read(BATCH, || random.random_range(0..BLOCKS)))
         }
 
         fn peer(&mut self, lab: &Lab) -> Result<Option<f64>> {

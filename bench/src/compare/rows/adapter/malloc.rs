@@ -4,15 +4,11 @@
 use std::fs;
 use std::path::PathBuf;
 
-use bdev_adapter::DmaBuf;
-
-use super::{BLOCK, peers, random_reads, sample_time};
+use super::{BLOCK, Reader, peers, sample_time};
 use crate::compare::SPDK_DEVICE;
 use crate::compare::lab::Lab;
 use crate::compare::row::Contest;
 use crate::failure::{Doing, Failure, Result};
-use crate::lane::RawLane;
-use crate::session::dma_buffers;
 use crate::sys::{Pinned, cores};
 
 const DEPTH: usize = 128;
@@ -22,8 +18,7 @@ pub(super) struct Reads {
     bdevperf: String,
     core: usize,
     blocks: u64,
-    lane: RawLane,
-    buffers: Vec<DmaBuf>,
+    reader: Reader,
     files: Files,
 }
 
@@ -38,15 +33,15 @@ impl Reads {
         let capacity = lab.device().geometry().capacity;
         peers::need_huge_pages(capacity / MIB + 384)?;
         let blocks = capacity / BLOCK as u64;
-        let (lane, buffers) = (RawLane::new(lab.device(), 0)?, dma_buffers(lab.device(), DEPTH, BLOCK)?);
-        Ok(Reads { bdevperf, core, blocks, lane, buffers, files: Files::write(blocks)? })
+        let reader = Reader::open(lab.device(), DEPTH)?;
+        Ok(Reads { bdevperf, core, blocks, reader, files: Files::write(blocks)? })
     }
 }
 
 impl Contest for Reads {
     fn ours(&mut self, lab: &Lab) -> Result<f64> {
         let _pinned = Pinned::to_core(self.core);
-        random_reads(lab, &mut self.lane, &mut self.buffers, self.blocks)
+        self.reader.per_second(lab, self.blocks)
     }
 
     fn peer(&mut self, lab: &Lab) -> Result<Option<f64>> {

@@ -6,12 +6,10 @@ use std::net::TcpListener;
 use bdev_adapter::OpenOptions;
 
 use super::peers::{self, Running};
-use super::{BLOCK, random_reads, sample_time};
+use super::{BLOCK, Reader, sample_time};
 use crate::compare::lab::Lab;
 use crate::compare::row::Contest;
 use crate::failure::{Doing, Failure, Result};
-use crate::lane::RawLane;
-use crate::session::dma_buffers;
 use crate::sys::{Pinned, cores};
 
 const DEPTH: usize = 32;
@@ -58,10 +56,9 @@ impl Contest for Reads {
     fn ours(&mut self, lab: &Lab) -> Result<f64> {
         let device =
             bdev_adapter::open(&self.uri, &OpenOptions { read_only: true, create: false }).doing("open the target")?;
-        let mut lane = RawLane::new(&device, 0)?;
-        let mut buffers = dma_buffers(&device, DEPTH, BLOCK)?;
+        let mut reader = Reader::open(&device, DEPTH)?;
         let _pinned = Pinned::to_core(self.core);
-        random_reads(lab, &mut lane, &mut buffers, device.geometry().capacity / BLOCK as u64)
+        reader.per_second(lab, device.geometry().capacity / BLOCK as u64)
     }
 
     fn peer(&mut self, lab: &Lab) -> Result<Option<f64>> {
