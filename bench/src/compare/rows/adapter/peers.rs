@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Read;
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -71,20 +71,13 @@ pub(super) fn output_of(command: &mut Command) -> Result<String> {
         .spawn()
         .doing(format!("run {name}"))?;
     let mut running = Running { child, name };
-    // Both fit into the buffers of their pipes: these programs print some lines.
+    // What they print fits into the buffers of their pipes: some lines.
     let status = running.wait(RUN)?;
-    let text = |stream: Option<&mut dyn Read>| {
-        let mut bytes = Vec::new();
-        stream.map(|stream| stream.read_to_end(&mut bytes)).transpose().doing("read what was printed")?;
-        Result::Ok(String::from_utf8_lossy(&bytes).into_owned())
-    };
-    let out = text(running.child.stdout.as_mut().map(|stream| stream as &mut dyn Read))?;
-    if status.success() {
-        return Ok(out);
+    let out = running.out();
+    match status.success() {
+        true => Ok(out),
+        false => Err(running.failed(status, &out)),
     }
-    let errors = text(running.child.stderr.as_mut().map(|stream| stream as &mut dyn Read))?;
-    let last = errors.lines().chain(out.lines()).rfind(|line| !line.trim().is_empty()).unwrap_or_default();
-    Err(Failure::new(format!("{} failed ({status}): {last}", running.name)))
 }
 
 /// A process that is killed when this is dropped.
@@ -100,7 +93,7 @@ impl Running {
         let child = end_with_us(&mut command)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .doing(format!("run {name}"))?;
         Ok(Running { child, name })
@@ -111,7 +104,7 @@ impl Running {
         let deadline = Instant::now() + START;
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
             if let Some(status) = self.child.try_wait().doing(format!("wait for {}", self.name))? {
-                return Err(Failure::new(format!("{} ended before it listened ({status})", self.name)));
+                return Err(self.failed(status, ""));
             }
             if Instant::now() >= deadline {
                 return Err(Failure::new(format!("{} does not listen on port {port}", self.name)));
@@ -121,7 +114,29 @@ impl Running {
         Ok(())
     }
 
-    fn wait(&mut self, limit: Duration) -> Result<std::process::ExitStatus> {
+    /// What it printed on its standard output, once it has ended.
+    fn out(&mut self) -> String {
+        let mut bytes = Vec::new();
+        if let Some(stream) = &mut self.child.stdout {
+            // What cannot be read is missing in what is made of it.
+            let _ = stream.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// That it ended with an error, and the last it had to say.
+    fn failed(&mut self, status: ExitStatus, out: &str) -> Failure {
+        let mut bytes = Vec::new();
+        if let Some(stream) = &mut self.child.stderr {
+            let _ = stream.read_to_end(&mut bytes);
+        }
+        let errors = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = out.lines().chain(errors.lines()).filter(|line| !line.trim().is_empty()).collect();
+        let last = lines[lines.len().saturating_sub(3)..].join("; ");
+        Failure::new(format!("{} failed ({status}): {last}", self.name))
+    }
+
+    fn wait(&mut self, limit: Duration) -> Result<ExitStatus> {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait().doing(format!("wait for {}", self.name))? {
