@@ -45,7 +45,13 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 /// Sends every buffer list once, as a write or a read of a kind that depends on `round`, and takes them back.
-fn round(queue_pair: &mut dyn QueuePair, round: u64, idle: &mut Vec<Segments>, done: &mut Vec<Completion>) {
+fn round(
+    queue_pair: &mut dyn QueuePair,
+    epoch: u64,
+    round: u64,
+    idle: &mut Vec<Segments>,
+    done: &mut Vec<Completion>,
+) {
     for tag in 0..idle.len() as u64 {
         let bufs = idle.pop().unwrap();
         let offset = (tag * 7 + round) % 32 * 65536;
@@ -54,18 +60,18 @@ fn round(queue_pair: &mut dyn QueuePair, round: u64, idle: &mut Vec<Segments>, d
         } else {
             Request::write(offset, bufs, tag)
         };
-        let hints = if tag == 5 { Hints::fua() } else { Hints::default() };
+        let hints = if tag % 16 == 5 { Hints::fua() } else { Hints::default() };
         queue_pair.submit(request.with_hints(hints));
     }
-    queue_pair.submit(Request::flush(0, 999));
-    queue_pair.submit(Request::write_zeroes(4 << 20, 65536, 999));
+    queue_pair.submit(Request::flush(epoch, u64::MAX));
+    queue_pair.submit(Request::write_zeroes(4 << 20, 65536, u64::MAX));
     while queue_pair.outstanding() > 0 {
         queue_pair.wait(Duration::from_millis(10));
         queue_pair.poll(done);
     }
     for completion in done.drain(..) {
         completion.result.unwrap();
-        if completion.tag != 999 {
+        if completion.tag != u64::MAX {
             idle.push(completion.bufs);
         }
     }
@@ -81,17 +87,20 @@ fn check(device: Arc<dyn Device>) {
     let source = device.dma();
     let mut queue_pair = Arc::clone(&device).queue_pair().unwrap();
     let buf = |len| DmaBuf::new(&source, len).unwrap();
-    let mut idle: Vec<Segments> = (0..40).map(|_| buf(4096).into()).collect();
+    // More than the device takes at once; single buffers, scatter lists, and what backends split.
+    let singles = 2 * u64::from(device.geometry().queue_depth).min(256);
+    let mut idle: Vec<Segments> = (0..singles).map(|_| buf(4096).into()).collect();
     idle.extend((0..8).map(|_| vec![buf(4096), buf(8192), buf(4096)].into()));
-    let mut done = Vec::new();
+    idle.extend((0..2).map(|_| (0..20).map(|_| buf(4096)).collect::<Vec<_>>().into()));
+    idle.extend((0..2).map(|_| buf((1 << 20) + 4096).into()));
+    let (requests, mut done) = (50 * (idle.len() + 2), Vec::new());
     for number in 0..20 {
-        round(&mut *queue_pair, number, &mut idle, &mut done);
+        round(&mut *queue_pair, device.epoch(), number, &mut idle, &mut done);
     }
     let before = ALLOCATIONS.get();
     for number in 0..50 {
-        round(&mut *queue_pair, number, &mut idle, &mut done);
+        round(&mut *queue_pair, device.epoch(), number, &mut idle, &mut done);
     }
-    let requests = 50 * (48 + 2);
     assert_eq!(ALLOCATIONS.get() - before, 0, "allocations in {requests} requests on {}", device.name());
 }
 
@@ -124,6 +133,39 @@ fn file() {
         let uri = format!("file:{}?size=16MiB&{options}", path.display());
         check(open(&uri, &OpenOptions::new().create(true)).unwrap());
     }
+}
+
+/// Needs huge pages; without them it is skipped, and says so; with `GAUR_REQUIRE_SPDK=1` that is a failure.
+#[cfg(feature = "spdk")]
+#[test]
+fn bdev() {
+    use bdev_adapter::{Error, spdk};
+
+    match spdk::bdev_names() {
+        Ok(_) => {}
+        Err(Error::Unavailable { why, .. }) if std::env::var_os("GAUR_REQUIRE_SPDK").is_none() => {
+            println!("SKIPPED: {why}");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    }
+    let params = r#"{"name":"Allocations","num_blocks":4096,"block_size":4096}"#;
+    spdk::rpc("bdev_malloc_create", params, Duration::from_secs(30)).unwrap();
+    check(open("spdk-bdev:Allocations", &OpenOptions::new()).unwrap());
+}
+
+/// On the device that `GAUR_NVME_URI` names, whose content is lost; without it the test is skipped, and says so; with
+/// `GAUR_REQUIRE_NVME=1` that is a failure.
+#[cfg(feature = "spdk")]
+#[test]
+fn nvme() {
+    let Ok(uri) = std::env::var("GAUR_NVME_URI") else {
+        let required = std::env::var_os("GAUR_REQUIRE_NVME").is_some_and(|value| value != "0");
+        assert!(!required, "GAUR_REQUIRE_NVME is set, but GAUR_NVME_URI names no device");
+        println!("SKIPPED: GAUR_NVME_URI names no device");
+        return;
+    };
+    check(open(&uri, &OpenOptions::new()).unwrap());
 }
 
 #[test]

@@ -54,7 +54,8 @@ impl DirectReads {
         let device = SpdkBdev::open(name, None, false, &format!("spdk-bdev:{name}"))?;
         let block = device.geometry().block_size as usize;
         let bufs = (0..depth).map(|_| DmaBuf::new(&device.dma(), block)).collect::<Result<Vec<_>, _>>()?;
-        let refused = |what: &str| Error::Spdk { what: format!("cannot use '{name}'"), why: format!("no {what}") };
+        let refused =
+            |what: &str| Error::Spdk { what: format!("cannot use '{name}'"), why: format!("no {what}") };
         // SAFETY: the environment is up (a device is open); the name is copied.
         let thread = unsafe { spdk_thread_create(c"gaur-direct".as_ptr(), ptr::null_mut()) };
         let thread = NonNull::new(thread).ok_or_else(|| refused("SPDK thread"))?;
@@ -80,15 +81,25 @@ impl DirectReads {
     pub fn run(&mut self, reads: u64, mut next_block: impl FnMut() -> u64) {
         let (desc, channel) = (self.device.opened().desc.as_ptr(), self.channel.as_ptr());
         let (bufs, thread) = (&self.bufs, self.thread);
-        let done = Done { len: Cell::new(0), failed: Cell::new(0), list: [const { Cell::new(0) }; MAX_DEPTH] };
-        let slots: Vec<Slot> = (0..bufs.len() as u32).map(|index| Slot { done: &raw const done, index }).collect();
+        let done =
+            Done { len: Cell::new(0), failed: Cell::new(0), list: [const { Cell::new(0) }; MAX_DEPTH] };
+        let slots: Vec<Slot> =
+            (0..bufs.len() as u32).map(|index| Slot { done: &raw const done, index }).collect();
         let mut submit = |index: u32| {
             let argument: *const Slot = &raw const slots[index as usize];
             let buf = bufs[index as usize].as_ptr().cast();
             // SAFETY: we are inside the SPDK thread that owns the channel, and the descriptor is open. SPDK refuses blocks
             // outside of the bdev. Buffer (a block long) and slot live until the read is done, which is waited for.
             let rc = unsafe {
-                spdk_bdev_read_blocks(desc, channel, buf, next_block(), 1, Some(on_done), argument.cast_mut().cast())
+                spdk_bdev_read_blocks(
+                    desc,
+                    channel,
+                    buf,
+                    next_block(),
+                    1,
+                    Some(on_done),
+                    argument.cast_mut().cast(),
+                )
             };
             assert_eq!(rc, 0, "SPDK refuses a read");
         };

@@ -96,7 +96,9 @@ impl Reader {
         while left > 0 {
             left = left.saturating_sub(queue.poll(&mut self.completions) as u64);
             for completion in self.completions.drain(..) {
-                completion.result.doing("read")?;
+                if completion.result.is_err() {
+                    return failed(completion);
+                }
                 queue.submit(request(completion.bufs));
             }
         }
@@ -118,4 +120,9 @@ impl Reader {
         }
         Ok(reads as f64 / watch.elapsed().as_secs_f64())
     }
+}
+
+#[cold]
+fn failed(completion: Completion) -> Result<()> {
+    completion.result.doing("measure")
 }

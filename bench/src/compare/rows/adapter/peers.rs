@@ -131,7 +131,8 @@ impl Running {
             let _ = stream.read_to_end(&mut bytes);
         }
         let errors = String::from_utf8_lossy(&bytes);
-        let lines: Vec<&str> = out.lines().chain(errors.lines()).filter(|line| !line.trim().is_empty()).collect();
+        let lines: Vec<&str> =
+            out.lines().chain(errors.lines()).filter(|line| !line.trim().is_empty()).collect();
         let last = lines[lines.len().saturating_sub(3)..].join("; ");
         Failure::new(format!("{} failed ({status}): {last}", self.name))
     }

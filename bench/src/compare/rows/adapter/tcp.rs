@@ -44,7 +44,8 @@ impl Reads {
         }
         let mut target = Running::start(command)?;
         target.wait_for_port(port)?;
-        let uri = peers::output_of(peers::script("scripts/nvmf.sh")?.args(["uri", "--port", &port.to_string()]))?;
+        let uri =
+            peers::output_of(peers::script("scripts/nvmf.sh")?.args(["uri", "--port", &port.to_string()]))?;
         let uri = uri.trim().to_owned();
         let nqn = uri.rsplit('/').next().unwrap_or_default().to_owned();
         Ok(Reads { perf, core, port, uri, nqn, _target: target })
@@ -54,8 +55,8 @@ impl Reads {
 impl Contest for Reads {
     /// Connects anew each time, as the peer does: an idle connection would cost the target time in the peer's sample.
     fn ours(&mut self, lab: &Lab) -> Result<f64> {
-        let device =
-            bdev_adapter::open(&self.uri, &OpenOptions { read_only: true, create: false }).doing("open the target")?;
+        let device = bdev_adapter::open(&self.uri, &OpenOptions { read_only: true, create: false })
+            .doing("open the target")?;
         let mut reader = Reader::open(&device, DEPTH)?;
         let _pinned = Pinned::to_core(self.core);
         reader.per_second(lab, device.geometry().capacity / BLOCK as u64)
