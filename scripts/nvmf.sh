@@ -135,7 +135,9 @@ JSON
     rm -rf "$work"
   ) &
   # Huge pages without files that a killed target would leave behind.
-  exec "$(program)" --json "$work/config.json" -r "$work.sock" -m "[$core]" -s $((128 + (${#file} > 0 ? 0 : size))) \
+  # Memory for the bdev is taken as it is needed: what is reserved beforehand is of no use to it where it is in pieces, and
+  # the bdev would take as much again.
+  exec "$(program)" --json "$work/config.json" -r "$work.sock" -m "[$core]" -s 128 \
     --huge-unlink --no-pci --silence-noticelog -i "$port"
 }
 

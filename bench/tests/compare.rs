@@ -30,6 +30,9 @@ fn the_list_names_every_metric_of_the_issues() {
         "mount_100k_vs_100_files",
         "mount_8tib_vs_8gib",
         "create_delete_per_s",
+        "tcp_randread4k_qd32_vs_spdk_perf",
+        "malloc_randread4k_qd128_vs_bdevperf",
+        "adapter_added_ns_per_io",
     ] {
         assert!(text.contains(metric), "{metric}");
         let row = json.as_array().unwrap().iter().find(|row| row["metric"] == metric).unwrap();
@@ -60,6 +63,19 @@ fn a_row_has_exactly_the_keys_of_the_schema() {
         assert!(figure("ours") > 0.0 && figure("peer") > 0.0);
         assert_eq!(row["pass"].as_bool().unwrap(), figure("median") >= 0.6);
     }
+}
+
+#[test]
+fn a_row_that_cannot_be_measured_here_is_skipped_with_a_reason() {
+    // It wants the default device, and SPDK.
+    let args =
+        ["compare", "--device", "mem:64MiB", "--only", "malloc_randread4k_qd128_vs_bdevperf", "--json"];
+    let run = bench(args).ok();
+    assert_eq!(run.json().as_array().unwrap().len(), 0);
+    let line =
+        run.stderr.lines().find(|line| line.starts_with("SKIPPED: malloc_randread4k_qd128_vs_bdevperf: "));
+    assert!(line.is_some_and(|line| line.contains("SPDK") || line.contains("spdk")), "{}", run.stderr);
+    bench(args.iter().chain(&["--strict"])).failed(1, "SKIPPED");
 }
 
 #[test]

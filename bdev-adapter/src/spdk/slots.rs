@@ -13,7 +13,7 @@
 
 use std::cell::{Cell, UnsafeCell};
 use std::ffi::c_void;
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, offset_of};
 use std::ptr::NonNull;
 use std::time::Instant;
 
@@ -126,6 +126,9 @@ pub(super) struct Slot {
     pub(super) cursor: Cell<Cursor>,
     segments: UnsafeCell<[iovec; MAX_SEGMENTS]>,
 }
+
+const _: () =
+    assert!(offset_of!(Slot, work) + offset_of!(Work, plain) < 64, "plain requests need one cache line");
 
 /// A place in the segments of a slot: `skip` bytes into segment `next` of `count`.
 #[derive(Debug, Clone, Copy, Default)]
