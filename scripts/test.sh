@@ -136,15 +136,13 @@ spdk_tests() {
 # SPDK's NVMe driver over TCP, against SPDK's own target on loopback. (Targets that are killed, frozen, slow or false are
 # among the tests above.)
 tcp_tests() {
-  local test=(cargo test --locked "${crates[@]}" "${features[@]}")
-  step "NVMe/TCP: conformance" scripts/nvmf.sh with --size 128 --block 512 -- \
-    env GAUR_REQUIRE_NVME=1 "${test[@]}" --test conformance_nvme --test allocations
-  step "NVMe/TCP: model" scripts/nvmf.sh with --size 1024 -- \
-    "${test[@]}" --test model -- --test-threads 1
-  local disk
+  local test=(cargo test --locked "${crates[@]}" "${features[@]}") disk
   disk="$(target_dir)/test-logs/nvmf-disk.img"
-  step "NVMe/TCP: demo" scripts/nvmf.sh with --file "$disk" --size 512 -- \
-    "$(target_dir)/debug/bench" "${DEMO[@]}" --device '{}'
+  step "NVMe/TCP: conformance" scripts/nvmf.sh with --file "$disk" --size 1024 --block 512 -- \
+    env GAUR_REQUIRE_NVME=1 "${test[@]}" --test conformance_nvme --test allocations
+  step "NVMe/TCP: model" scripts/nvmf.sh with --file "$disk" -- "${test[@]}" --test model -- --test-threads 1
+  step "NVMe/TCP: demo" scripts/nvmf.sh with --file "$disk" -- \
+    "$(target_dir)/debug/bench" "${DEMO[@]}" --force --device '{}'
   rm -f "$disk"
 }
 

@@ -405,6 +405,32 @@ fn what_is_no_target_is_a_typed_error() {
     assert!(matches!(impostor(Impostor::YesMan), Error::NotADevice { .. }));
 }
 
+/// The connection ends somewhere in the middle of attaching.
+#[test]
+fn a_controller_that_vanishes_while_it_is_attached() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let target = Target::start(&["--size", "64"]);
+    let proxy = Proxy::new(target.port);
+    let uri = uri(proxy.port, "");
+    let (mut refusals, mut limit) = (0, 100);
+    loop {
+        proxy.cut_after(limit);
+        match open(&uri, &OpenOptions::new()) {
+            Ok(_) => break,
+            Err(error) => println!("after {limit} bytes: {error}"),
+        }
+        (refusals, limit) = (refusals + 1, limit * 3);
+        assert!(limit < 1 << 20, "a few kilobytes are enough");
+    }
+    assert!(refusals >= 3, "{refusals} refusals");
+    proxy.cut_after(u64::MAX);
+    let device = device(&uri);
+    run(queue(&device).as_mut(), Request::read(0, buffer(&device, BLOCK, 0), 0)).result.unwrap();
+}
+
 #[test]
 fn namespaces_that_are_not_there_or_of_no_use() {
     if !available() {

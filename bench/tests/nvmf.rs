@@ -43,7 +43,7 @@ struct Writer {
 impl Writer {
     fn start(uri: &str) -> Writer {
         let args = ["powercut", "write", "--seed", "11", "--format", "--device", uri];
-        let mut child = command(&args).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command(args).stdout(Stdio::piped()).spawn().unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
         let (round, rounds) = mpsc::channel();
         thread::spawn(move || {
@@ -175,6 +175,21 @@ fn two_namespaces() -> Target {
     );
     std::fs::write(&path, config).unwrap();
     Target::start_at(port, &["--config", path.to_str().unwrap()])
+}
+
+#[test]
+fn a_second_process_does_not_get_a_device_that_is_open() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let target = two_namespaces();
+    let mut writer = Writer::start(&target.uri("ns=1"));
+    writer.go_on(1);
+    bench(["check", "--device", &target.uri("ns=1")]).failed(1, "is in use by somebody else");
+    writer.go_on(1);
+    writer.kill();
+    bench(["check", "--device", &target.uri("ns=1")]).ok();
 }
 
 #[test]

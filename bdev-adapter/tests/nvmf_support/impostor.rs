@@ -46,11 +46,15 @@ impl Impostor {
         let nap = || thread::sleep(Duration::from_secs(120));
         match self {
             Impostor::Closes => return Ok(()),
-            Impostor::Silent => return Ok(nap()),
+            Impostor::Silent => {
+                nap();
+                return Ok(());
+            }
             Impostor::Http => {
                 stream.read_exact(&mut [0; 128])?;
                 stream.write_all(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")?;
-                return Ok(nap());
+                nap();
+                return Ok(());
             }
             _ => {}
         }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use spdk_sys::nvme::{gaur_nvme_ctrlr_info, gaur_nvme_ns_info};
+
 use super::controller::{Controller, Namespace, key};
 use super::driver::{self, ZERO_BUFFER};
 use super::exclusive::Exclusive;
@@ -79,7 +81,7 @@ pub(in crate::spdk) fn open(
     }
     let namespace = Arc::new(Namespace::new(nsid, info));
     controller.watch(&namespace);
-    let (geometry, limits) = geometry(&controller, &namespace, options);
+    let (geometry, limits) = geometry(&controller.info, &namespace.info, options);
     Ok(Arc::new(NvmeDevice {
         uri: uri.to_owned(),
         geometry,
@@ -117,8 +119,11 @@ fn list(namespaces: &[u32]) -> String {
     shown.join(", ") + more
 }
 
-fn geometry(controller: &Controller, namespace: &Namespace, options: &NvmeOptions) -> (Geometry, Limits) {
-    let (info, ctrlr) = (&namespace.info, &controller.info);
+fn geometry(
+    ctrlr: &gaur_nvme_ctrlr_info,
+    info: &gaur_nvme_ns_info,
+    options: &NvmeOptions,
+) -> (Geometry, Limits) {
     let block = u64::from(info.block_size);
     let blocks_within = |bytes: u64| bytes.min(u64::from(ctrlr.max_transfer)) / block * block;
     let transfer = blocks_within(MAX_PIECE).max(block);
@@ -204,5 +209,73 @@ impl Device for NvmeDevice {
 
     fn claim_flag(&self) -> &ClaimFlag {
         &self.claim
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spdk::slots::Op;
+    use crate::uri::{Backend, DeviceUri};
+
+    const KIB: u64 = 1024;
+
+    fn options() -> NvmeOptions {
+        match DeviceUri::parse("spdk-nvme:pcie:0000:00:04.0?depth=63").unwrap().backend() {
+            Backend::SpdkNvme(options) => options.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// 1 GiB in blocks of 512 bytes, transfers of 128 KiB.
+    fn drive() -> (gaur_nvme_ctrlr_info, gaur_nvme_ns_info) {
+        // SAFETY: all zeroes is a value of both.
+        let (mut ctrlr, mut info): (gaur_nvme_ctrlr_info, gaur_nvme_ns_info) = unsafe { std::mem::zeroed() };
+        (ctrlr.max_transfer, ctrlr.max_queue_entries, ctrlr.volatile_cache) = (128 << 10, 2048, true);
+        (info.blocks, info.block_size, info.atomic_blocks) = (2 << 20, 512, 8);
+        (info.can_unmap, info.can_write_zeroes) = (true, true);
+        (ctrlr, info)
+    }
+
+    #[test]
+    fn what_a_drive_says_becomes_its_geometry() {
+        let (mut ctrlr, mut info) = drive();
+        let (geometry, limits) = super::geometry(&ctrlr, &info, &options());
+        assert_eq!((geometry.block_size, geometry.capacity), (512, 1 << 30));
+        assert_eq!((geometry.max_transfer, geometry.queue_depth), (128 << 10, 63));
+        assert_eq!(geometry.atomic_write, 4096);
+        assert!(geometry.volatile_cache && geometry.native_fua && geometry.unmap);
+        assert_eq!((limits.transfer, limits.boundary), (128 * KIB, 0));
+        assert_eq!(limits.zeroes, 65536 * 512);
+
+        // As many transfers as a controller on a network allows, and small queues.
+        (ctrlr.max_transfer, ctrlr.max_queue_entries) = (u32::MAX, 32);
+        // Atomic over 64 KiB, but not across 16 KiB; no zeroes by command.
+        (info.atomic_blocks, info.atomic_boundary, info.can_write_zeroes) = (128, 32, false);
+        let (geometry, limits) = super::geometry(&ctrlr, &info, &options());
+        assert_eq!((geometry.max_transfer, geometry.queue_depth), (1 << 20, 31));
+        assert_eq!(geometry.atomic_write, 16 << 10);
+        assert_eq!(limits.zeroes, ZERO_BUFFER);
+        // More than a command carries is not atomic.
+        (ctrlr.max_transfer, info.atomic_blocks, info.atomic_boundary) = (4096, 65536, 0);
+        assert_eq!(super::geometry(&ctrlr, &info, &options()).0.atomic_write, 4096);
+    }
+
+    #[test]
+    fn commands_end_at_the_largest_transfer_and_at_boundaries() {
+        let (ctrlr, mut info) = drive();
+        info.boundary_blocks = 64;
+        let (_, limits) = super::geometry(&ctrlr, &info, &options());
+        let piece = |offset, len| limits.piece(Op::Write, offset, len);
+        assert_eq!(piece(0, 32 * KIB), 32 * KIB);
+        assert_eq!(piece(0, 33 * KIB), 32 * KIB, "to the boundary");
+        assert_eq!(piece(31 * KIB, 4 * KIB), KIB);
+        assert_eq!(piece(32 * KIB, 4 * KIB), 4 * KIB);
+        assert_eq!(limits.piece(Op::Read, 31 * KIB, 4 * KIB), KIB);
+        assert_eq!(limits.piece(Op::WriteZeroes, 31 * KIB, 4 * KIB), 4 * KIB, "no data, no boundary");
+        info.boundary_blocks = 0;
+        let (_, limits) = super::geometry(&ctrlr, &info, &options());
+        assert_eq!(limits.piece(Op::Write, 0, 1 << 20), 128 * KIB);
+        assert_eq!(limits.piece(Op::Unmap, 0, 1 << 30), 1 << 30);
     }
 }
