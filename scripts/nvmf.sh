@@ -16,6 +16,7 @@
 #   --port N       default 4420
 #   --core N       the CPU that it keeps busy (default: the last)
 #   --delay US     the time that every I/O takes, in microseconds
+#   --rpc PATH     where the target's RPC socket is (default: a temporary name)
 #   --config PATH  all of that from an SPDK configuration of your own, which listens at --port
 #
 # Example:
@@ -32,7 +33,7 @@ trap - INT TERM
 readonly NQN=nqn.2016-06.io.spdk:gaur
 
 main() {
-  local command="${1:-}" file='' size=256 block=4096 port=4420 core delay=0 config=''
+  local command="${1:-}" file='' size=256 block=4096 port=4420 core delay=0 config='' rpc=''
   core=$(($(nproc) - 1))
   [ "$#" -gt 0 ] && shift
   while [ "$#" -gt 0 ]; do
@@ -44,6 +45,7 @@ main() {
       --core) core="$2" ;;
       --delay) delay="$2" ;;
       --config) config="$2" ;;
+      --rpc) rpc="$2" ;;
       --)
         shift
         break
@@ -137,7 +139,7 @@ JSON
   # Huge pages without files that a killed target would leave behind.
   # Memory for the bdev is taken as it is needed: what is reserved beforehand is of no use to it where it is in pieces, and
   # the bdev would take as much again.
-  exec "$(program)" --json "$work/config.json" -r "$work.sock" -m "[$core]" -s 128 \
+  exec "$(program)" --json "$work/config.json" -r "${rpc:-$work.sock}" -m "[$core]" -s 128 \
     --huge-unlink --no-pci --silence-noticelog -i "$port"
 }
 

@@ -7,6 +7,9 @@
 mod nvmf_support;
 
 use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -403,6 +406,100 @@ fn what_is_no_target_is_a_typed_error() {
     assert!(matches!(impostor(Impostor::SilentAfterConnect), Error::NotADevice { .. }));
     assert!(matches!(impostor(Impostor::NoiseAfterConnect), Error::NotADevice { .. }));
     assert!(matches!(impostor(Impostor::YesMan), Error::NotADevice { .. }));
+}
+
+/// One call of the target's JSON-RPC.
+fn rpc(socket: &Path, method: &str, params: &str) {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    write!(stream, r#"{{"jsonrpc":"2.0","id":1,"method":"{method}","params":{params}}}"#).unwrap();
+    let mut answer = [0; 4096];
+    let len = stream.read(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer[..len]);
+    assert!(answer.contains(r#""result""#), "{method}: {answer}");
+}
+
+#[test]
+fn a_namespace_that_is_removed_under_load() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let directory = directory();
+    let socket = directory.path().join("rpc");
+    let target = Target::start(&["--size", "64", "--rpc", socket.to_str().unwrap()]);
+    let device = device(&target.uri(""));
+    let mut queue = queue(&device);
+    let (mut completions, mut answers, mut submitted) = (Vec::new(), 0, 0u64);
+    let mut gone_since: Option<Instant> = None;
+    let began = Instant::now();
+    while gone_since.is_none_or(|since| since.elapsed() < Duration::from_millis(200)) {
+        while queue.outstanding() < 32 {
+            queue.submit(Request::read(0, buffer(&device, BLOCK, 0), submitted));
+            submitted += 1;
+        }
+        queue.poll(&mut completions);
+        if answers < 1000 && answers + completions.len() >= 1000 {
+            let params = format!(r#"{{"nqn":"{}","nsid":1}}"#, nvmf_support::NQN);
+            rpc(&socket, "nvmf_subsystem_remove_ns", &params);
+        }
+        for completion in completions.drain(..) {
+            answers += 1;
+            match kind(&completion) {
+                Ok(()) => assert!(gone_since.is_none(), "gone is gone"),
+                Err(IoErrorKind::Gone) => drop(gone_since.get_or_insert_with(Instant::now)),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(began.elapsed() < LIMIT, "{answers} answers");
+    }
+    let left = queue.outstanding();
+    let rest = collect(queue.as_mut(), left);
+    assert_eq!((answers + rest.len()) as u64, submitted);
+    drop((queue, device));
+    assert!(matches!(refused(&target.uri("")), Error::NotFound { .. }));
+}
+
+/// What the device says is wrong comes through as it says it.
+#[test]
+fn errors_of_the_device_keep_their_status() {
+    if !available() {
+        return;
+    }
+    let _turn = turn();
+    let directory = directory();
+    let (config, socket, port) =
+        (directory.path().join("config.json"), directory.path().join("rpc"), free_port());
+    let nqn = nvmf_support::NQN;
+    std::fs::write(
+        &config,
+        format!(
+            r#"{{"subsystems":[{{"subsystem":"bdev","config":[
+            {{"method":"bdev_malloc_create","params":{{"name":"A","num_blocks":8192,"block_size":4096}}}},
+            {{"method":"bdev_error_create","params":{{"base_name":"A"}}}}]}},
+            {{"subsystem":"nvmf","config":[
+            {{"method":"nvmf_create_transport","params":{{"trtype":"TCP"}}}},
+            {{"method":"nvmf_create_subsystem","params":{{"nqn":"{nqn}","allow_any_host":true}}}},
+            {{"method":"nvmf_subsystem_add_ns","params":
+                {{"nqn":"{nqn}","namespace":{{"nsid":1,"bdev_name":"EE_A"}}}}}},
+            {{"method":"nvmf_subsystem_add_listener","params":{{"nqn":"{nqn}","listen_address":
+                {{"trtype":"TCP","adrfam":"IPv4","traddr":"127.0.0.1","trsvcid":"{port}"}}}}}}]}}]}}"#
+        ),
+    )
+    .unwrap();
+    let arguments = ["--config", config.to_str().unwrap(), "--rpc", socket.to_str().unwrap()];
+    let target = Target::start_at(port, &arguments);
+    let device = device(&target.uri(""));
+    let mut queue = queue(&device);
+    rpc(
+        &socket,
+        "bdev_error_inject_error",
+        r#"{"name":"EE_A","io_type":"write","error_type":"failure","num":1}"#,
+    );
+    let answer = run(queue.as_mut(), Request::write(0, buffer(&device, BLOCK, 1), 1));
+    // Generic command status, internal device error: what the target makes of a failed bdev.
+    assert_eq!(kind(&answer), Err(IoErrorKind::Nvme { sct: 0, sc: 6 }));
+    assert_eq!(answer.bufs.len(), BLOCK as u64, "the buffer comes back");
+    run(queue.as_mut(), Request::write(0, buffer(&device, BLOCK, 1), 2)).result.unwrap();
 }
 
 /// The connection ends somewhere in the middle of attaching.

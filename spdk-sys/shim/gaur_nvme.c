@@ -46,6 +46,52 @@ gaur_nvme_detach(struct spdk_nvme_ctrlr *ctrlr)
 	spdk_nvme_detach(ctrlr);
 }
 
+struct feature_wait {
+	bool done;
+	bool failed;
+};
+
+static void
+feature_done(void *arg, const struct spdk_nvme_cpl *cpl)
+{
+	struct feature_wait *wait = arg;
+
+	wait->failed = spdk_nvme_cpl_is_error(cpl);
+	wait->done = true;
+}
+
+int
+gaur_nvme_keep_namespaces(struct spdk_nvme_ctrlr *ctrlr, uint32_t timeout_ms)
+{
+	/* What else SPDK asks to be told, and that it only logs: the five critical warnings (NVMe Base Specification,
+	 * asynchronous event configuration). */
+	enum { CRITICAL_WARNINGS = 0x1f };
+	uint64_t deadline = spdk_get_ticks() + spdk_get_ticks_hz() / 1000 * timeout_ms;
+	struct feature_wait *wait;
+	int rc;
+
+	if (!spdk_nvme_ctrlr_get_data(ctrlr)->oaes.ns_attribute_notices) {
+		return 0;
+	}
+	wait = calloc(1, sizeof(*wait));
+	if (wait == NULL) {
+		return -ENOMEM;
+	}
+	rc = spdk_nvme_ctrlr_cmd_set_feature(ctrlr, SPDK_NVME_FEAT_ASYNC_EVENT_CONFIGURATION, CRITICAL_WARNINGS, 0,
+					     NULL, 0, feature_done, wait);
+	while (rc == 0 && !wait->done) {
+		if (spdk_nvme_ctrlr_process_admin_completions(ctrlr) < 0 || spdk_get_ticks() > deadline) {
+			/* The command may still be answered: its place stays. */
+			return wait->done ? -EIO : -ETIMEDOUT;
+		}
+	}
+	if (rc == 0 && wait->failed) {
+		rc = -EIO;
+	}
+	free(wait);
+	return rc;
+}
+
 /* NVMe strings are padded with spaces and not terminated. */
 static void
 copy_string(char *out, const int8_t *in, size_t len)

@@ -43,6 +43,11 @@ int gaur_nvme_attach(const struct gaur_nvme_opts *opts, struct spdk_nvme_ctrlr *
 /* Shuts the controller down and lets it go. No queue pair of it exists any more. */
 void gaur_nvme_detach(struct spdk_nvme_ctrlr *ctrlr);
 
+/* Asks the controller to be silent about namespaces that come and go. SPDK takes a namespace that went apart where it is,
+ * while others may be starting I/O on it, which then never ends (20.07: it splits it into pieces of no blocks). After
+ * attaching and after each reset, before there are queue pairs. Returns 0 or a negative errno. */
+int gaur_nvme_keep_namespaces(struct spdk_nvme_ctrlr *ctrlr, uint32_t timeout_ms);
+
 struct gaur_nvme_ctrlr_info {
 	char model[41];
 	char serial[21];

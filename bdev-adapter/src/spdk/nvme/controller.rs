@@ -61,7 +61,9 @@ impl Namespace {
     }
 
     pub(super) fn set_gone(&self) {
-        self.gone.store(true, Ordering::Relaxed);
+        if !self.gone.swap(true, Ordering::Relaxed) {
+            log::error!("namespace {} is gone", self.nsid);
+        }
     }
 
     /// Whether `now` is still the same namespace.

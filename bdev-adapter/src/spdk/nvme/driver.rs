@@ -33,6 +33,8 @@ mod status {
     pub(super) const PATH: u8 = 3;
     pub(super) const ABORTED_BY_REQUEST: u8 = 0x07;
     pub(super) const ABORTED_SQ_DELETION: u8 = 0x08;
+    /// Of the controller's own: the namespace is not there, or not active, any more.
+    pub(super) const INVALID_NAMESPACE: u8 = 0x0b;
 }
 
 pub(super) struct NvmeDriver {
@@ -255,6 +257,9 @@ impl Driver for NvmeDriver {
         };
         if interrupted && timed_out {
             return Verdict::Answer(IoErrorKind::TimedOut);
+        }
+        if why == (IoErrorKind::Nvme { sct: status::GENERIC, sc: status::INVALID_NAMESPACE }) {
+            self.device.namespace().set_gone();
         }
         if self.is_gone() {
             return Verdict::Answer(IoErrorKind::Gone);

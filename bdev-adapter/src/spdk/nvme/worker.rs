@@ -17,11 +17,11 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use spdk_sys::nvme::{
     gaur_nvme_abort, gaur_nvme_alloc_qpair, gaur_nvme_attach, gaur_nvme_ctrlr_info, gaur_nvme_detach,
-    gaur_nvme_get_ctrlr_info, gaur_nvme_get_ns_info, gaur_nvme_is_removed, gaur_nvme_ns_info, gaur_nvme_opts,
-    gaur_nvme_reset, gaur_nvme_revoke_dma, spdk_nvme_ctrlr, spdk_nvme_ctrlr_fail,
-    spdk_nvme_ctrlr_free_io_qpair, spdk_nvme_ctrlr_get_first_active_ns, spdk_nvme_ctrlr_get_next_active_ns,
-    spdk_nvme_ctrlr_get_ns, spdk_nvme_ctrlr_process_admin_completions, spdk_nvme_ctrlr_reconnect_io_qpair,
-    spdk_nvme_qpair, spdk_nvme_qpair_process_completions,
+    gaur_nvme_get_ctrlr_info, gaur_nvme_get_ns_info, gaur_nvme_is_removed, gaur_nvme_keep_namespaces,
+    gaur_nvme_ns_info, gaur_nvme_opts, gaur_nvme_reset, gaur_nvme_revoke_dma, spdk_nvme_ctrlr,
+    spdk_nvme_ctrlr_fail, spdk_nvme_ctrlr_free_io_qpair, spdk_nvme_ctrlr_get_first_active_ns,
+    spdk_nvme_ctrlr_get_next_active_ns, spdk_nvme_ctrlr_get_ns, spdk_nvme_ctrlr_process_admin_completions,
+    spdk_nvme_ctrlr_reconnect_io_qpair, spdk_nvme_qpair, spdk_nvme_qpair_process_completions,
 };
 
 use super::controller::{Job, Jobs, Namespace, Shared};
@@ -35,7 +35,7 @@ use crate::uri::NvmeAddress;
 
 /// How often the admin queue is polled.
 const TICK: Duration = Duration::from_millis(10);
-/// How often timeouts, namespaces and the presence of the device are looked at.
+/// How often timeouts and the presence of the device are looked at.
 const ROUND: Duration = Duration::from_millis(250);
 /// The controller ends the association of a host from which it hears nothing for so long.
 const KEEP_ALIVE_MS: u32 = 10_000;
@@ -44,6 +44,8 @@ const KEEP_ALIVE_MS: u32 = 10_000;
 const INIT_TIMEOUT_MS: u32 = 4_000;
 /// How long a call of SPDK's may wait for a target on the network before its sockets are shut down.
 const CALL_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the controller may take for a setting.
+const KEEP_PATIENCE_MS: u32 = 4_000;
 /// After an attempt to reset, the next waits so long; twice as long after each.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
@@ -128,6 +130,7 @@ fn attach(shared: &Arc<Shared>) -> Result<(Worker, gaur_nvme_ctrlr_info), Error>
         broken: false,
     };
     worker.note_sockets(&sockets_before.unwrap_or_default());
+    worker.keep_namespaces();
     // SAFETY: all zeroes is a value of the structure; the call fills it.
     let info = unsafe {
         let mut info: gaur_nvme_ctrlr_info = std::mem::zeroed();
@@ -280,12 +283,6 @@ impl Worker {
             return self.give_up("it was removed");
         }
         self.namespaces.retain(|namespace| Arc::strong_count(namespace) > 1);
-        for namespace in &self.namespaces {
-            if !namespace.is_gone() && self.describe(namespace.nsid).is_none() {
-                log::error!("{}: namespace {} is gone", self.shared.name, namespace.nsid);
-                namespace.set_gone();
-            }
-        }
         if self.check_timeouts(now) {
             self.recover("a command was not answered, and could not be aborted");
         }
@@ -320,6 +317,18 @@ impl Worker {
             }
         }
         stuck
+    }
+
+    /// SPDK must not take a namespace apart that others use. That one is gone they see at their next command.
+    fn keep_namespaces(&self) {
+        // SAFETY: the controller is attached and this thread's, and there are no queue pairs in use.
+        let rc = unsafe { gaur_nvme_keep_namespaces(self.ctrlr.as_ptr(), KEEP_PATIENCE_MS) };
+        if rc != 0 {
+            log::warn!(
+                "{}: the controller may change namespaces while they are in use ({rc})",
+                self.shared.name
+            );
+        }
     }
 
     fn describe(&self, nsid: u32) -> Option<gaur_nvme_ns_info> {
@@ -462,6 +471,7 @@ impl Worker {
             return Err(Setback::Again(format!("the reset failed ({rc}) {said}")));
         }
         self.note_sockets(&before);
+        self.keep_namespaces();
         for namespace in &self.namespaces {
             match self.describe(namespace.nsid) {
                 Some(now) if namespace.is_same(&now) => {}
