@@ -42,7 +42,8 @@ use crate::failure::{Failure, Result};
   bench compare --list
 
 Devices: file:PATH[?size=1GiB], mem:SIZE (gone when the command ends) and, in a build with --features spdk,
-spdk-bdev:NAME?config=FILE.
+spdk-bdev:NAME?config=FILE, spdk-nvme:pcie:ADDRESS or
+spdk-nvme:tcp:HOST:PORT/NQN.
 Exit codes: 0 success; 1 failure, or problems were found; 2 wrong arguments.")]
 struct Cli {
     #[command(subcommand)]

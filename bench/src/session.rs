@@ -12,7 +12,8 @@ use crate::failure::{Doing, Result};
 /// The device that a command works on.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct DeviceArg {
-    /// Device: file:PATH[?size=1GiB], mem:SIZE or, when built with SPDK, spdk-bdev:NAME?config=FILE
+    /// Device: file:PATH[?size=1GiB], mem:SIZE or, when built with SPDK, spdk-nvme:pcie:ADDRESS, spdk-nvme:tcp:HOST:PORT/NQN
+    /// and spdk-bdev:NAME?config=FILE
     #[arg(long, short = 'd', value_name = "URI")]
     pub(crate) device: String,
 }

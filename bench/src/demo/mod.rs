@@ -42,6 +42,7 @@ const DEFAULT_SIZE: &str = "4GiB";
   bench demo --device 'file:gaur.img?size=4GiB' --force a file that stays; look around with `bench ls --device ...`
   bench demo --device mem:4GiB --import ~/src           another tree, in memory
   bench demo --device 'spdk-bdev:Malloc0?config=scripts/spdk-malloc.json'
+  bench demo --device spdk-nvme:pcie:0000:01:00.0 --force
 
 Exit code: 0 when everything read back is what it must be, 1 otherwise.")]
 pub(crate) struct DemoArgs {
