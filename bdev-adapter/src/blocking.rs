@@ -6,7 +6,7 @@
 //! Deliberately absent: alignment. Offsets and lengths are multiples of the block size, as the contract asks.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::{
     Completion, Device, DmaBuf, DmaSource, Error, Hints, IoError, IoErrorKind, Kind, MAX_REQUEST, QueuePair,
@@ -27,6 +27,7 @@ pub struct BlockingIo {
     bounce: Option<DmaBuf>,
     /// The epoch of the first write that no flush has covered yet.
     unflushed: Option<u64>,
+    limit: Option<Duration>,
 }
 
 impl BlockingIo {
@@ -42,7 +43,15 @@ impl BlockingIo {
             completions: Vec::new(),
             bounce: None,
             unflushed: None,
+            limit: None,
         })
+    }
+
+    /// Gives each request that has no deadline one, so long after it was made. (A request that has reached a device runs to
+    /// its end all the same; see [`Hints::deadline`].)
+    pub fn time_limit(mut self, limit: Duration) -> BlockingIo {
+        self.limit = Some(limit);
+        self
     }
 
     /// The device.
@@ -142,6 +151,10 @@ impl BlockingIo {
     /// Submits a request and waits for its answer.
     pub fn run(&mut self, request: Request) -> Completion {
         let writes = matches!(request.kind, Kind::Write | Kind::WriteZeroes) && !request.hints.fua;
+        let mut request = request;
+        if let Some(limit) = self.limit {
+            request.hints.deadline.get_or_insert_with(|| Instant::now() + limit);
+        }
         self.queue_pair.submit(request);
         let mut spins = 0;
         let completion = loop {

@@ -44,6 +44,9 @@ use crate::{ClaimFlag, Device, DmaSource, Error, Geometry, IoError, IoErrorKind,
 use history::{Change, History, Moment};
 use tamper::{Rot, Tamper};
 
+/// How long each write may take that takes something back at a power cut.
+const TAKE_BACK_LIMIT: Duration = Duration::from_millis(200);
+
 /// A device with faults. All functions may be called from any thread.
 pub struct FaultDevice {
     name: String,
@@ -193,7 +196,8 @@ impl FaultDevice {
             device: self.inner.name().to_owned(),
             source,
         };
-        let mut io = BlockingIo::new(&self.inner)?;
+        // The device inside may be one that never answers.
+        let mut io = BlockingIo::new(&self.inner)?.time_limit(TAKE_BACK_LIMIT);
         for (block, content) in &lost {
             io.write(block * u64::from(self.geometry.block_size), content).map_err(failed)?;
         }

@@ -31,6 +31,9 @@ use crate::uri::parse_size;
 use crate::wrap::in_flight::InFlight;
 use crate::{ClaimFlag, Completion, Device, DmaSource, Error, Geometry, Kind, QueuePair, Request};
 
+/// How long each read of the device's present content may take.
+const BASE_LIMIT: Duration = Duration::from_secs(5);
+
 /// The largest capacity in bytes of a device whose content is read for a recording, unless another limit is given.
 pub const LIMIT: u64 = 1 << 30;
 
@@ -223,7 +226,7 @@ fn read_image(device: &Arc<dyn Device>, limit: u64) -> Result<Image, Error> {
             "its content is read and kept when a recording begins; write record:limit=SIZE for another limit";
         return Err(Error::TooLarge { device: name(), bytes: capacity, limit, why: why.to_owned() });
     }
-    let mut io = BlockingIo::new(device)?;
+    let mut io = BlockingIo::new(device)?.time_limit(BASE_LIMIT);
     let mut image = Image::new(capacity, block_size);
     let mut piece = vec![0; PIECE.min(capacity) as usize];
     for start in (0..capacity).step_by(PIECE as usize) {
