@@ -15,7 +15,7 @@ use super::torn_off::TornOff;
 use super::{FaultDevice, Verdict};
 use crate::wrap::held::{Held, wait_until};
 use crate::wrap::in_flight::InFlight;
-use crate::{Completion, Device, DmaBuf, Error, IoErrorKind, Kind, QueuePair, Request};
+use crate::{Completion, Device, DmaBuf, Error, Hints, IoErrorKind, Kind, QueuePair, Request};
 
 /// How often a queue pair with hung requests looks whether they were released, while it waits.
 const LOOK: Duration = Duration::from_millis(5);
@@ -125,8 +125,10 @@ impl FaultQueuePair {
                 return self.give_back(request, pending, IoErrorKind::NoMemory);
             };
             let offset = request.offset;
+            // The look is a part of the request, and as patient.
+            let hints = Hints { deadline: request.hints.deadline, ..Hints::default() };
             let tag = self.in_flight.insert(Step::Before(request, pending));
-            return self.inner.submit(Request::read(offset, buf, tag));
+            return self.inner.submit(Request::read(offset, buf, tag).with_hints(hints));
         }
         self.send(request, pending);
     }
