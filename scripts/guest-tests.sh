@@ -10,6 +10,7 @@
 #                                        power cuts; options are those of scripts/powercut.sh (--cuts 20, --seed 7).
 #                                        `all` takes them too
 #   scripts/guest-tests.sh liar          power cuts with a drive that lies about flushes: must go red
+#   scripts/guest-tests.sh misbehave     commands that stall, resets of the controller under load, and its removal
 #
 #   GAUR_GUEST_DEVICE=URI   the device in the guest; `%N` becomes the number of the namespace
 #
@@ -24,10 +25,23 @@ DEVICE="${GAUR_GUEST_DEVICE:-spdk-nvme:pcie:0000:00:04.0?ns=%N}"
 PACK="$(target_dir)/guest-pack.cpio"
 readonly DEVICE PACK
 # Emulation is some ten times slower than the machine.
-readonly CONFORMANCE_LIMIT_S=600 DEMO_LIMIT_S=300
+readonly CONFORMANCE_LIMIT_S=600 DEMO_LIMIT_S=300 MISBEHAVE_LIMIT_S=240
+# Where a drive begins to stall, and how long a command takes there (bdev-adapter/tests/nvme_pcie.rs knows).
+readonly STALLS_FROM=$((32 << 20)) STALL_TIME=4500ms
 
 IMAGES="$(mktemp -d "${TMPDIR:-$(target_dir)}/gaur-guest-disks.XXXXXX")"
-trap 'rm -rf "$IMAGES"' EXIT
+# A path for a socket may be 107 bytes long, so not below the build directory.
+SOCKETS="$(mktemp -d "${TMPDIR:-/tmp}/gaur-guest-sockets.XXXXXX")"
+DRIVE_PID=''
+
+cleanup() {
+  local pid
+  # QEMU removes its file when it ends by itself.
+  for pid in $(cat "$SOCKETS/qemu.pid" 2>/dev/null) $DRIVE_PID; do kill "$pid" 2>/dev/null || true; done
+  rm -rf "$IMAGES" "$SOCKETS"
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
 
 device() { printf '%s' "${DEVICE//%N/$1}"; }
 
@@ -53,11 +67,12 @@ build() {
 }
 
 pack() {
-  local conformance
+  local conformance misbehave
   conformance="$(test_program conformance_nvme)"
+  misbehave="$(test_program nvme_pcie)"
   [ -x "$(target_dir)/debug/bench" ] || die "there is no $(target_dir)/debug/bench"
   # The demo's files are sources of this project: real ones, and everybody has them.
-  scripts/guest.sh pack "$PACK" --program "$conformance=conformance" --program "$(target_dir)/debug/bench" \
+  scripts/guest.sh pack "$PACK" --program "$conformance=conformance" --program "$misbehave=misbehave" --program "$(target_dir)/debug/bench" \
     --tree fs-core/src=files/fs-core --tree bdev-adapter/src=files/bdev-adapter \
     --file scripts/guest-nvme.json=nvme.json
 }
@@ -102,6 +117,58 @@ liar() {
   rm -rf "$(target_dir)/guest-logs/powercut-$seed"
 }
 
+misbehave() {
+  need_pack
+  stalls
+  removal
+}
+
+# A drive that takes its time for some commands, which is noticed: they are aborted, which QEMU's controller does not do, and
+# then the controller is reset.
+stalls() {
+  local waited=0 log="$IMAGES/drive.log" status=0
+  note "commands that stall, and resets"
+  "$(target_dir)/debug/bench" powercut drive --image "$(image stalls 64M)" --socket "$SOCKETS/drive" \
+    --stall-from "$STALLS_FROM" --stall-for "$STALL_TIME" >"$log" 2>&1 </dev/null &
+  DRIVE_PID=$!
+  until [ -S "$SOCKETS/drive" ]; do
+    waited=$((waited + 1))
+    [ "$waited" -lt 500 ] || die "the drive does not start: $(cat "$log")"
+    sleep 0.02
+  done
+  guest_misbehaves "GAUR_NVME_STALLS_FROM=$STALLS_FROM" --disk "nbd:unix:$SOCKETS/drive" || status=$?
+  wait "$DRIVE_PID" || status=$?
+  DRIVE_PID=
+  cat "$log"
+  return "$status"
+}
+
+# The controller is pulled out when the test says so on the console: QEMU tells the guest's kernel (ACPI), which takes it away
+# from the process and lets it go.
+removal() {
+  local log guest status=0
+  note "removal"
+  log="$(target_dir)/guest-logs/removal-$$.log"
+  mkdir -p "$(target_dir)/guest-logs"
+  : >"$log"
+  guest_misbehaves GAUR_NVME_REMOVAL=1 --disk "$(image removal 64M)" --monitor "$SOCKETS/monitor" --log "$log" &
+  guest=$!
+  until grep -q '^gaur-test: remove the device' "$log" || ! kill -0 "$guest" 2>/dev/null; do sleep 0.05; done
+  # Opened for reading too, so that nobody waits for a QEMU that has ended.
+  if [ -p "$SOCKETS/monitor.in" ]; then printf 'device_del nvme0\n' 1<>"$SOCKETS/monitor.in"; fi
+  wait "$guest" || status=$?
+  if [ "$status" -eq 0 ]; then rm -f "$log"; fi
+  return "$status"
+}
+
+# The tests of a device that misbehaves, with a setting for them and options for the guest.
+guest_misbehaves() {
+  local setting="$1"
+  shift
+  scripts/guest.sh run --pack "$PACK" --pid-file "$SOCKETS/qemu.pid" --time-limit "$MISBEHAVE_LIMIT_S" "$@" -- \
+    env "$setting" "GAUR_NVME_URI=$(device 1)" misbehave --test-threads=1 --nocapture
+}
+
 all() {
   begin_steps guest-test-logs
   step "guest: image" scripts/guest.sh build
@@ -111,11 +178,12 @@ all() {
   step "guest: demo over NVMe" "$0" demo || true
   step "guest: power cuts" "$0" powercut "$@" || true
   step "guest: a lying drive is noticed" "$0" liar || true
+  step "guest: stalls, resets, removal" "$0" misbehave || true
   finish_steps
 }
 
 case "${1:-}" in
-  all | build | pack | conformance | demo | powercut | liar) "$@" ;;
+  all | build | pack | conformance | demo | powercut | liar | misbehave) "$@" ;;
   *)
     sed -n '2,/^$/ s/^# \{0,1\}//p' "$0"
     [ "${1:-}" = --help ] || exit 2

@@ -15,6 +15,8 @@
 #   --time-limit SECONDS  after which the guest hangs (default 300)
 #   --log FILE            where the console goes; default: a file that stays only when the run fails
 #   --pid-file FILE       where QEMU's process id is written, for who wants to cut the power
+#   --monitor PATH        a pipe PATH.in is made that takes commands of QEMU's monitor, for who wants to pull the controller
+#                         out: `device_del nvme0`; the answers come from PATH.out
 #   --huge-pages N        of 2 MiB, for SPDK in the guest (default 256)
 #   --memory MIB          of the guest (default 1536)
 #
@@ -248,7 +250,7 @@ disk_arguments() {
 }
 
 run() {
-  local packs=() disks=() limit=300 log='' keep=yes pid_file='' memory=1536 status=0 image tail
+  local packs=() disks=() limit=300 log='' keep=yes pid_file='' memory=1536 status=0 image tail monitor=()
   HUGE=256
   while [ $# -gt 0 ]; do
     if [ "$1" = -- ]; then
@@ -262,6 +264,10 @@ run() {
       --time-limit) limit="$2" ;;
       --log) log="$2" ;;
       --pid-file) pid_file="$2" ;;
+      --monitor)
+        mkfifo "$2.in" "$2.out"
+        monitor=(-chardev "pipe,id=monitor,path=$2" -mon "chardev=monitor,mode=readline")
+        ;;
       --huge-pages) HUGE="$2" ;;
       --memory) memory="$2" ;;
       *) die "run does not know $1" "$0 --help" ;;
@@ -287,7 +293,7 @@ run() {
     -accel tcg,thread=multi -cpu max -smp 2 -m "$memory" -nodefaults -vga none -display none -no-reboot \
     -kernel "$image/vmlinuz" -initrd "$WORK/initrd" ${pid_file:+-pidfile "$pid_file"} \
     -append "console=ttyS0 quiet panic=-1 mitigations=off nokaslr random.trust_cpu=on" \
-    -serial "file:$log" "${QEMU_DISKS[@]}" </dev/null &
+    -serial "file:$log" "${monitor[@]}" "${QEMU_DISKS[@]}" </dev/null &
   CHILD=$!
   tail -n +1 -f -s 0.1 --pid="$CHILD" "$log" 2>/dev/null &
   tail=$!

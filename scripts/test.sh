@@ -159,6 +159,7 @@ guest_tests() {
   step "guest: demo over NVMe" scripts/guest-tests.sh demo
   step "guest: power cuts" scripts/guest-tests.sh powercut
   step "guest: a lying drive is noticed" scripts/guest-tests.sh liar
+  step "guest: stalls, resets, removal" scripts/guest-tests.sh misbehave
 }
 
 get_spdk() {

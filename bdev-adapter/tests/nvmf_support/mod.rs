@@ -23,6 +23,8 @@ use std::time::Duration;
 
 use bdev_adapter::{Error, spdk};
 
+use crate::nvme_support::log_to_stdout;
+
 /// How long a target may take to start.
 const START: Duration = Duration::from_secs(40);
 
@@ -148,26 +150,4 @@ pub(crate) fn uri(port: u16, options: &str) -> String {
 pub(crate) fn directory() -> tempfile::TempDir {
     let beside: PathBuf = std::env::current_exe().unwrap().parent().unwrap().to_owned();
     tempfile::tempdir_in(beside).unwrap()
-}
-
-/// Prints what the adapter and SPDK log.
-pub(crate) fn log_to_stdout() {
-    struct Print;
-
-    impl log::Log for Print {
-        fn enabled(&self, _: &log::Metadata<'_>) -> bool {
-            true
-        }
-
-        fn log(&self, record: &log::Record<'_>) {
-            println!("{} {}: {}", record.level(), record.target(), record.args());
-        }
-
-        fn flush(&self) {}
-    }
-
-    // Another test of the program may have been first.
-    if log::set_logger(&Print).is_ok() {
-        log::set_max_level(log::LevelFilter::Info);
-    }
 }

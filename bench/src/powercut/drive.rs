@@ -6,6 +6,7 @@
 //! Of the NBD protocol (the "fixed newstyle" of its specification, <https://github.com/NetworkBlockDevice/nbd>) it speaks what
 //! QEMU needs: one connection, one export, reads, writes, FUA and flushes.
 
+use std::collections::{HashSet, VecDeque};
 use std::fs::OpenOptions;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -77,6 +78,12 @@ pub(super) struct DriveArgs {
     /// Acknowledge flushes and FUA without doing them, to see that it is noticed
     #[arg(long)]
     lie: bool,
+    /// From this offset on, the first read or write that begins at an offset is answered late; everything else goes on
+    #[arg(long, value_name = "OFFSET", value_parser = units::parse_bytes)]
+    stall_from: Option<u64>,
+    /// How late
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = units::parse_time)]
+    stall_for: Duration,
 }
 
 /// How a connection ended.
@@ -235,8 +242,9 @@ fn transmission(
     size: u64,
     args: &DriveArgs,
 ) -> io::Result<End> {
-    let mut data = Vec::new();
+    let (mut data, mut stalls) = (Vec::new(), Stalls::default());
     loop {
+        stalls.answer_until_request(reader, stream)?;
         if read_u32(reader)? != REQUEST_MAGIC {
             return Err(garbage("a request without its magic number"));
         }
@@ -279,22 +287,62 @@ fn transmission(
         if command == COMMAND_READ && done.is_ok() {
             reply.extend(&data);
         }
-        stream.write_all(&reply)?;
+        let stalls_at = args.stall_from.is_some_and(|from| offset >= from) && command != COMMAND_FLUSH;
+        if stalls_at && stalls.known.insert(offset) {
+            stalls.late.push_back((Instant::now() + args.stall_for, reply));
+        } else {
+            stream.write_all(&reply)?;
+        }
     }
+}
+
+/// Answers that are held back.
+#[derive(Default)]
+struct Stalls {
+    /// Offsets that have had their stall.
+    known: HashSet<u64>,
+    /// Answers in order, and when they are due.
+    late: VecDeque<(Instant, Vec<u8>)>,
+}
+
+impl Stalls {
+    /// Sends each when it is due, until there is a request (or the end of the connection).
+    fn answer_until_request(
+        &mut self,
+        reader: &mut BufReader<UnixStream>,
+        stream: &mut UnixStream,
+    ) -> io::Result<()> {
+        while let Some((due, _)) = self.late.front() {
+            let left = due.saturating_duration_since(Instant::now());
+            if !left.is_zero() {
+                if input_within(reader, left)?.is_some() {
+                    return Ok(());
+                }
+            } else if let Some((_, reply)) = self.late.pop_front() {
+                stream.write_all(&reply)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether there are more bytes from the client (true) or none any more (false); nothing, if neither is so within the time.
+fn input_within(reader: &mut BufReader<UnixStream>, time: Duration) -> io::Result<Option<bool>> {
+    reader.get_ref().set_read_timeout(Some(time))?;
+    let input = match reader.fill_buf() {
+        Ok(waiting) => Some(!waiting.is_empty()),
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => None,
+        Err(error) => return Err(error),
+    };
+    reader.get_ref().set_read_timeout(None)?;
+    Ok(input)
 }
 
 /// Waits for as long as a flush takes. False when the power fails meanwhile.
 fn powered(reader: &mut BufReader<UnixStream>, time: Duration) -> io::Result<bool> {
     let started = Instant::now();
     if !time.is_zero() {
-        reader.get_ref().set_read_timeout(Some(time))?;
-        let alive = match reader.fill_buf() {
-            Ok(waiting) => !waiting.is_empty(),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => true,
-            Err(error) => return Err(error),
-        };
-        reader.get_ref().set_read_timeout(None)?;
-        if !alive {
+        if input_within(reader, time)? == Some(false) {
             return Ok(false);
         }
         std::thread::sleep(time.saturating_sub(started.elapsed()));
