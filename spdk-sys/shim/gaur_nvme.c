@@ -211,6 +211,23 @@ gaur_nvme_revoke_dma(struct spdk_nvme_ctrlr *ctrlr)
 	}
 }
 
+void
+gaur_nvme_cover_registers(struct spdk_nvme_ctrlr *ctrlr)
+{
+	struct spdk_pci_device *device = spdk_nvme_ctrlr_get_pci_device(ctrlr);
+	uint64_t physical = 0, size = 0;
+	void *registers = NULL;
+
+	/* Registers and doorbells are in BAR 0 (NVMe over PCIe Transport Specification); SPDK has mapped it, and says where. */
+	if (device == NULL || spdk_pci_device_map_bar(device, 0, &registers, &physical, &size) != 0 ||
+	    registers == NULL || size == 0) {
+		return;
+	}
+	if (mmap(registers, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != MAP_FAILED) {
+		memset(registers, 0xff, size);
+	}
+}
+
 static void
 abort_done(void *arg, const struct spdk_nvme_cpl *cpl)
 {

@@ -95,6 +95,9 @@ int gaur_nvme_reset(struct spdk_nvme_ctrlr *ctrlr);
 bool gaur_nvme_is_removed(struct spdk_nvme_ctrlr *ctrlr);
 /* Takes away a PCIe controller's right to read and write memory (bus mastering), for good. */
 void gaur_nvme_revoke_dma(struct spdk_nvme_ctrlr *ctrlr);
+/* Puts memory full of ones in place of the registers of a PCIe controller that was removed: what SPDK reads there from now
+ * on says so, and what it writes reaches no other device that got the addresses. In nobody else's use. */
+void gaur_nvme_cover_registers(struct spdk_nvme_ctrlr *ctrlr);
 /* Asks the controller to give up the command that was started with this callback argument. The command itself is
  * answered as ever. Returns 0 when the abort was sent. The queue pair must be in nobody else's use. */
 int gaur_nvme_abort(struct spdk_nvme_ctrlr *ctrlr, struct spdk_nvme_qpair *qpair, void *arg);

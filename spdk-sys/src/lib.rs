@@ -77,10 +77,10 @@ pub mod bdev {
 /// The NVMe driver: controllers, their queue pairs, and the calls of the I/O path.
 pub mod nvme {
     pub use crate::bindings::{
-        gaur_nvme_abort, gaur_nvme_alloc_qpair, gaur_nvme_attach, gaur_nvme_ctrlr_info, gaur_nvme_detach,
-        gaur_nvme_get_ctrlr_info, gaur_nvme_get_ns_info, gaur_nvme_is_removed, gaur_nvme_keep_namespaces,
-        gaur_nvme_ns_info, gaur_nvme_opts, gaur_nvme_reset, gaur_nvme_revoke_dma, gaur_nvme_status_offset,
-        gaur_nvme_unmap,
+        gaur_nvme_abort, gaur_nvme_alloc_qpair, gaur_nvme_attach, gaur_nvme_cover_registers,
+        gaur_nvme_ctrlr_info, gaur_nvme_detach, gaur_nvme_get_ctrlr_info, gaur_nvme_get_ns_info,
+        gaur_nvme_is_removed, gaur_nvme_keep_namespaces, gaur_nvme_ns_info, gaur_nvme_opts, gaur_nvme_reset,
+        gaur_nvme_revoke_dma, gaur_nvme_status_offset, gaur_nvme_unmap,
     };
     pub use crate::bindings::{
         spdk_nvme_cpl, spdk_nvme_ctrlr, spdk_nvme_ctrlr_fail, spdk_nvme_ctrlr_free_io_qpair,

@@ -16,12 +16,13 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use spdk_sys::nvme::{
-    gaur_nvme_abort, gaur_nvme_alloc_qpair, gaur_nvme_attach, gaur_nvme_ctrlr_info, gaur_nvme_detach,
-    gaur_nvme_get_ctrlr_info, gaur_nvme_get_ns_info, gaur_nvme_is_removed, gaur_nvme_keep_namespaces,
-    gaur_nvme_ns_info, gaur_nvme_opts, gaur_nvme_reset, gaur_nvme_revoke_dma, spdk_nvme_ctrlr,
-    spdk_nvme_ctrlr_fail, spdk_nvme_ctrlr_free_io_qpair, spdk_nvme_ctrlr_get_first_active_ns,
-    spdk_nvme_ctrlr_get_next_active_ns, spdk_nvme_ctrlr_get_ns, spdk_nvme_ctrlr_process_admin_completions,
-    spdk_nvme_ctrlr_reconnect_io_qpair, spdk_nvme_qpair, spdk_nvme_qpair_process_completions,
+    gaur_nvme_abort, gaur_nvme_alloc_qpair, gaur_nvme_attach, gaur_nvme_cover_registers,
+    gaur_nvme_ctrlr_info, gaur_nvme_detach, gaur_nvme_get_ctrlr_info, gaur_nvme_get_ns_info,
+    gaur_nvme_is_removed, gaur_nvme_keep_namespaces, gaur_nvme_ns_info, gaur_nvme_opts, gaur_nvme_reset,
+    gaur_nvme_revoke_dma, spdk_nvme_ctrlr, spdk_nvme_ctrlr_fail, spdk_nvme_ctrlr_free_io_qpair,
+    spdk_nvme_ctrlr_get_first_active_ns, spdk_nvme_ctrlr_get_next_active_ns, spdk_nvme_ctrlr_get_ns,
+    spdk_nvme_ctrlr_process_admin_completions, spdk_nvme_ctrlr_reconnect_io_qpair, spdk_nvme_qpair,
+    spdk_nvme_qpair_process_completions,
 };
 
 use super::controller::{Job, Jobs, Namespace, Shared};
@@ -37,6 +38,8 @@ use crate::uri::NvmeAddress;
 const TICK: Duration = Duration::from_millis(10);
 /// How often timeouts and the presence of the device are looked at.
 const ROUND: Duration = Duration::from_millis(250);
+/// What a turn counts at most, for the time that commands take.
+const LONGEST_TURN: Duration = Duration::from_millis(50);
 /// The controller ends the association of a host from which it hears nothing for so long.
 const KEEP_ALIVE_MS: u32 = 10_000;
 /// How long a step of a reset may take over a network. In 20.07 a reset whose connection breaks asks for registers in a loop
@@ -46,6 +49,9 @@ const INIT_TIMEOUT_MS: u32 = 4_000;
 const CALL_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the controller may take for a setting.
 const KEEP_PATIENCE_MS: u32 = 4_000;
+/// Between the last doorbell and a reset (PCIe). QEMU's controller (7.2) loses track of a command that it fetches while it is
+/// being reset, and dies with the machine when that is done.
+const QUIET: Duration = Duration::from_millis(100);
 /// After an attempt to reset, the next waits so long; twice as long after each.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
@@ -125,7 +131,8 @@ fn attach(shared: &Arc<Shared>) -> Result<(Worker, gaur_nvme_ctrlr_info), Error>
         pcie: matches!(options.address, NvmeAddress::Pcie(_)),
         namespaces: Vec::new(),
         spare: Mutex::default(),
-        began: Instant::now(),
+        clock: Duration::ZERO,
+        last_turn: Instant::now(),
         last_round: Instant::now(),
         broken: false,
     };
@@ -186,7 +193,10 @@ struct Worker {
     /// Queue pairs of owners that are gone, with their depth (PCIe). 20.07 leaves the shadow doorbells of a queue pair that is
     /// freed as they are, and a new one in its place may then look full for ever; so they are used again.
     spare: Mutex<Vec<(NonNull<spdk_nvme_qpair>, u32)>>,
-    began: Instant,
+    /// The time of commands. It stands still while this thread waits for a reset or a connection: it cannot tell then which
+    /// of the commands that others start are new.
+    clock: Duration,
+    last_turn: Instant,
     last_round: Instant,
     /// The controller was given up.
     broken: bool,
@@ -260,8 +270,10 @@ impl Worker {
 
     /// What is to be done every now and then.
     fn turn(&mut self) {
-        let now = (self.began.elapsed().as_millis() / TICK.as_millis()) as u32;
-        self.shared.set_clock(now.wrapping_add(1).max(1));
+        self.clock += self.last_turn.elapsed().min(LONGEST_TURN);
+        self.last_turn = Instant::now();
+        let now = ((self.clock.as_millis() / TICK.as_millis()) as u32).wrapping_add(1).max(1);
+        self.shared.set_clock(now);
         if self.broken {
             return;
         }
@@ -273,14 +285,14 @@ impl Worker {
             self.recover("the admin queue has failed");
         } else if self.last_round.elapsed() >= ROUND {
             self.last_round = Instant::now();
-            self.round(now.wrapping_add(1).max(1));
+            self.round(now);
         }
     }
 
     fn round(&mut self, now: u32) {
         self.reap();
         if self.is_removed() {
-            return self.give_up("it was removed");
+            return self.lose();
         }
         self.namespaces.retain(|namespace| Arc::strong_count(namespace) > 1);
         if self.check_timeouts(now) {
@@ -420,7 +432,7 @@ impl Worker {
         let mut pause = FIRST_PAUSE;
         while shared.still_recovering() {
             if self.is_removed() {
-                return self.give_up("it was removed");
+                return self.lose();
             }
             match self.try_to_reset() {
                 Ok(()) if shared.end_recovery() => {
@@ -458,6 +470,9 @@ impl Worker {
         if let Some(endpoint) = &self.endpoint {
             preflight::check(endpoint, &self.shared.options, &self.shared.name)
                 .map_err(|error| Setback::Again(error.to_string()))?;
+        }
+        if self.pcie {
+            thread::sleep(QUIET);
         }
         take_last_error();
         let before = self.sockets_now();
@@ -529,6 +544,17 @@ impl Worker {
             }
         }
         self.free_spare();
+    }
+
+    /// Gives up a controller that was pulled out.
+    fn lose(&mut self) {
+        // While the registers are covered, nobody may use them.
+        self.broken = true;
+        self.shared.set_gone();
+        self.keep_off();
+        // SAFETY: the controller is attached and this thread's, and all owners of queue pairs are kept off.
+        unsafe { gaur_nvme_cover_registers(self.ctrlr.as_ptr()) };
+        self.give_up("it was removed");
     }
 
     fn free_spare(&self) {
