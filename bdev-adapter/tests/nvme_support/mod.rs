@@ -8,8 +8,8 @@
 )]
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -172,6 +172,7 @@ pub(crate) fn under_load(device: &Arc<dyn Device>, disturb: impl FnOnce(&dyn Fn(
 /// Prints what the adapter and SPDK log.
 pub(crate) fn log_to_stdout() {
     struct Print;
+    static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
 
     impl log::Log for Print {
         fn enabled(&self, _: &log::Metadata<'_>) -> bool {
@@ -179,7 +180,8 @@ pub(crate) fn log_to_stdout() {
         }
 
         fn log(&self, record: &log::Record<'_>) {
-            println!("{} {}: {}", record.level(), record.target(), record.args());
+            let since = BEGAN.elapsed();
+            println!("{since:.2?} {} {}: {}", record.level(), record.target(), record.args());
         }
 
         fn flush(&self) {}

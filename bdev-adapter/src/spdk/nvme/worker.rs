@@ -39,7 +39,7 @@ const TICK: Duration = Duration::from_millis(10);
 /// How often timeouts and the presence of the device are looked at.
 const ROUND: Duration = Duration::from_millis(250);
 /// What a turn counts at most, for the time that commands take.
-const LONGEST_TURN: Duration = Duration::from_millis(50);
+const LONGEST_TURN: Duration = Duration::from_millis(100);
 /// The controller ends the association of a host from which it hears nothing for so long.
 const KEEP_ALIVE_MS: u32 = 10_000;
 /// How long a step of a reset may take over a network. In 20.07 a reset whose connection breaks asks for registers in a loop
