@@ -285,7 +285,7 @@ fn a_device_that_is_removed_under_load() {
     let pair = Arc::clone(&removed).queue_pair();
     assert!(matches!(pair.err(), Some(Error::NotFound { .. })));
     let not_found = |why: &str| {
-        let error = open(uri, &OpenOptions::new()).err().expect("nothing is there");
+        let Err(error) = open(uri, &OpenOptions::new()) else { panic!("it opens {why}") };
         println!("{why}: {error}");
         assert!(matches!(error, Error::NotFound { .. }), "{error}");
     };

@@ -139,6 +139,15 @@ fn fill(buf: &mut [u8], block: u64, number: u64) {
     }
 }
 
+/// Has the writers end, also when what disturbs them panics.
+struct Stopper<'a>(&'a AtomicBool);
+
+impl Drop for Stopper<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// Two threads write while `disturb` runs, which may wait for some more writes; then everything acknowledged is there.
 pub(crate) fn under_load(device: &Arc<dyn Device>, disturb: impl FnOnce(&dyn Fn())) {
     let (stop, progress) = (AtomicBool::new(false), AtomicU64::new(0));
@@ -159,8 +168,9 @@ pub(crate) fn under_load(device: &Arc<dyn Device>, disturb: impl FnOnce(&dyn Fn(
                 })
             })
             .collect();
+        let stopper = Stopper(&stop);
         disturb(&some_more_writes);
-        stop.store(true, Ordering::Release);
+        drop(stopper);
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     for writer in &writers {

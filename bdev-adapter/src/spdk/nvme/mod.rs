@@ -22,6 +22,10 @@
 //!   them was answered. A command that was lost five times fails with its last status; one that timed out fails
 //!   with [`TimedOut`](crate::IoErrorKind::TimedOut) at once.
 //!
+//! **When a PCIe controller is pulled out**, the worker sees within a quarter of a second that nobody answers on the bus. Nothing
+//! is tried then: everything is answered with [`Gone`](crate::IoErrorKind::Gone), and SPDK finds memory full of ones
+//! where the registers were, so that it does not wait for them, nor write to whatever is plugged in at their addresses.
+//!
 //! **Splitting**: by the controller's maximum transfer size, the namespace's boundary (NOIOB) and the 16 segments of a slot;
 //! pieces are single commands, so the driver's own splitting (whose children may fail apart) is not used, except where
 //! segments do not fit in PRPs.
