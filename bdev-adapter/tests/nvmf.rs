@@ -49,7 +49,7 @@ fn a_target_that_is_killed_and_restarted_under_load() {
     let mut target = Target::over_file(&directory.path().join("disk"), 64);
     let device = device(&target.uri("reconnect=60s"));
     let before = device.epoch();
-    under_load(&device, |some_more_writes| {
+    under_load(&device, false, |some_more_writes| {
         for _ in 0..3 {
             some_more_writes();
             target.kill();
@@ -75,7 +75,7 @@ fn connections_that_are_cut_under_load() {
     let target = Target::start(&["--size", "64"]);
     let proxy = Proxy::new(target.port);
     let device = device(&uri(proxy.port, "reconnect=60s"));
-    under_load(&device, |some_more_writes| {
+    under_load(&device, false, |some_more_writes| {
         for _ in 0..5 {
             some_more_writes();
             proxy.cut();

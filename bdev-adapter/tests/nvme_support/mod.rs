@@ -62,15 +62,26 @@ pub(crate) struct Writer {
     random: u64,
     number: u64,
     acknowledged: HashMap<u64, u64>,
+    /// A write may time out; nobody knows then what its block holds.
+    may_time_out: bool,
+    timed_out: u64,
 }
 
 impl Writer {
     pub(crate) const BLOCKS: u64 = 1024;
     const DEPTH: usize = 16;
 
-    fn new(device: &Arc<dyn Device>, which: u64) -> Writer {
+    fn new(device: &Arc<dyn Device>, which: u64, may_time_out: bool) -> Writer {
         let (first_block, random) = (which * Writer::BLOCKS, which + 1);
-        Writer { device: Arc::clone(device), first_block, random, number: 0, acknowledged: HashMap::new() }
+        Writer {
+            device: Arc::clone(device),
+            first_block,
+            random,
+            number: 0,
+            acknowledged: HashMap::new(),
+            may_time_out,
+            timed_out: 0,
+        }
     }
 
     fn next(&mut self, busy: &HashMap<u64, (u64, u64)>) -> u64 {
@@ -108,9 +119,14 @@ impl Writer {
             }
             assert!(last_answer.elapsed() < LIMIT, "{} requests hang", busy.len());
             for completion in completions.drain(..) {
-                completion.result.unwrap();
                 let (block, number) = busy.remove(&completion.tag).expect("answered once");
-                self.acknowledged.insert(block, number);
+                if self.may_time_out && kind(&completion) == Err(IoErrorKind::TimedOut) {
+                    self.timed_out += 1;
+                    self.acknowledged.remove(&block);
+                } else {
+                    completion.result.unwrap();
+                    self.acknowledged.insert(block, number);
+                }
                 progress.fetch_add(1, Ordering::Relaxed);
                 buffers.push(completion.bufs.into_one().unwrap());
             }
@@ -149,7 +165,7 @@ impl Drop for Stopper<'_> {
 }
 
 /// Two threads write while `disturb` runs, which may wait for some more writes; then everything acknowledged is there.
-pub(crate) fn under_load(device: &Arc<dyn Device>, disturb: impl FnOnce(&dyn Fn())) {
+pub(crate) fn under_load(device: &Arc<dyn Device>, may_time_out: bool, disturb: impl FnOnce(&dyn Fn())) {
     let (stop, progress) = (AtomicBool::new(false), AtomicU64::new(0));
     let some_more_writes = || {
         let (goal, began) = (progress.load(Ordering::Relaxed) + 200, Instant::now());
@@ -161,7 +177,8 @@ pub(crate) fn under_load(device: &Arc<dyn Device>, disturb: impl FnOnce(&dyn Fn(
     let writers: Vec<Writer> = thread::scope(|scope| {
         let threads: Vec<_> = (0..2)
             .map(|which| {
-                let (mut writer, stop, progress) = (Writer::new(device, which), &stop, &progress);
+                let (mut writer, stop, progress) =
+                    (Writer::new(device, which, may_time_out), &stop, &progress);
                 scope.spawn(move || {
                     writer.work(stop, progress);
                     writer
@@ -174,7 +191,8 @@ pub(crate) fn under_load(device: &Arc<dyn Device>, disturb: impl FnOnce(&dyn Fn(
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     for writer in &writers {
-        println!("{} writes, {} blocks", writer.number, writer.acknowledged.len());
+        let Writer { number, acknowledged, timed_out, .. } = writer;
+        println!("{number} writes, {timed_out} timed out, {} blocks", acknowledged.len());
         writer.verify();
     }
 }
