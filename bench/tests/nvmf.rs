@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, reason = "a test ends there")]
 
 mod common;
+#[path = "../../bdev-adapter/tests/nvme_support/mod.rs"]
+mod nvme_support;
 #[path = "../../bdev-adapter/tests/nvmf_support/mod.rs"]
 mod nvmf_support;
 
