@@ -134,13 +134,13 @@ JSON
       kill -0 "$BASHPID_OF_TARGET" 2>/dev/null || break
       sleep 0.05
     done
-    rm -rf "$work"
+    rm -rf "$work" "/dev/shm/nvmf_trace.$port"
   ) &
-  # Huge pages without files that a killed target would leave behind.
+  # No files that a killed target would leave behind: neither in hugetlbfs nor, with its traces, in /dev/shm.
   # Memory for the bdev is taken as it is needed: what is reserved beforehand is of no use to it where it is in pieces, and
   # the bdev would take as much again.
   exec "$(program)" --json "$work/config.json" -r "${rpc:-$work.sock}" -m "[$core]" -s 128 \
-    --huge-unlink --no-pci --silence-noticelog -i "$port"
+    --huge-unlink --num-trace-entries 16 --no-pci --silence-noticelog -i "$port"
 }
 
 main "$@"
