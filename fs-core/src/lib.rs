@@ -16,6 +16,15 @@
 //!
 //! The modules stand in the order in which a write meets them.
 
+mod channel;
+mod dispatch;
+mod namespace;
+mod file;
+mod range_lock;
+mod write;
+mod read;
+mod truncate;
+mod ordered;
 #[allow(
     dead_code,
     unused_imports,
@@ -23,19 +32,7 @@
     reason = "a structure with a whole interface; not all of it has a user yet"
 )]
 mod alloc;
-mod channel;
-mod check;
-#[allow(
-    dead_code,
-    unused_imports,
-    unreachable_pub,
-    reason = "a structure with a whole interface; not all of it has a user yet"
-)]
-mod checksum_cache;
-mod commit;
-mod core;
-mod dispatch;
-mod error;
+mod pieces;
 #[allow(
     dead_code,
     unused_imports,
@@ -43,18 +40,16 @@ mod error;
     reason = "a structure with a whole interface; not all of it has a user yet"
 )]
 mod extent_map;
-mod file;
+#[allow(
+    dead_code,
+    unused_imports,
+    unreachable_pub,
+    reason = "a structure with a whole interface; not all of it has a user yet"
+)]
+mod checksum_cache;
 mod load;
-mod mount;
-mod namespace;
-mod ordered;
-mod pieces;
-mod range_lock;
-mod read;
-mod recheck;
 mod records;
-mod stats;
-mod superblock;
+mod txn;
 #[allow(
     dead_code,
     unused_imports,
@@ -62,11 +57,16 @@ mod superblock;
     reason = "a structure with a whole interface; not all of it has a user yet"
 )]
 mod tree;
-mod truncate;
-mod txn;
+mod recheck;
+mod commit;
+mod superblock;
+mod core;
+mod mount;
+mod check;
+mod stats;
+mod error;
 #[allow(unreachable_pub, reason = "some of the types are public, the others have the same form")]
 mod types;
-mod write;
 
 pub use crate::channel::operation::{Completion, DirEntry, OpenFlags, Operation, Output, Stat, StatFs};
 pub use crate::channel::{Channel, List, OpFuture};
