@@ -24,6 +24,7 @@ mod range_lock;
 mod write;
 mod read;
 mod truncate;
+mod store;
 mod ordered;
 #[allow(
     dead_code,
@@ -32,6 +33,7 @@ mod ordered;
     reason = "a structure with a whole interface; not all of it has a user yet"
 )]
 mod alloc;
+mod publish;
 mod pieces;
 #[allow(
     dead_code,

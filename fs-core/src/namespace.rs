@@ -175,7 +175,7 @@ impl Victim {
         if inode.extents > 0 {
             let range = (FileBlock(0), FileBlock(crate::file::FILE_BLOCKS_MAX));
             let old = extents::overlapping(t, id, range.0, range.1, usize::MAX)?;
-            extents = Some(extents::plan(t, id, range, &old, &[])?);
+            extents = Some(extents::plan(t, id, &[range], &old, &[])?);
         }
         Ok(Victim::Now { id, extents })
     }

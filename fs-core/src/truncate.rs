@@ -18,10 +18,10 @@ use crate::range_lock::Mode;
 use crate::records::extents::{Extent, Replacement};
 use crate::records::orphans::{self, Work};
 use crate::records::{extents, inodes};
+use crate::store::{self, Stored};
 use crate::txn::{Room, Stop, Txn, transact};
 use crate::types::{BLOCK_SIZE, FileBlock, InodeId};
-use crate::write::Stored;
-use crate::{pieces, read, write};
+use crate::{pieces, read};
 
 /// Extent records dropped in one transaction.
 const STEP: usize = 256;
@@ -55,7 +55,8 @@ pub(crate) async fn truncate_inner(
             if size < old { extents::last_beyond(t, file.id, kept, STEP + 1)? } else { Default::default() };
         let more = beyond.len() > STEP;
         let dropped = &beyond[beyond.len().saturating_sub(STEP)..];
-        let new_tail = tail.as_ref().map_or(Default::default(), |tail| tail.records(t.generation()));
+        let new_tail: SmallVec<[Extent; 1]> =
+            tail.iter().flat_map(|tail| tail.records(t.generation())).collect();
         let plans = plan(t, file.id, kept, dropped, &new_tail)?;
         if more {
             orphans::touch(t, file.id)?;
@@ -108,14 +109,17 @@ fn plan(
 ) -> Result<SmallVec<[Replacement; 2]>, Stop> {
     let beyond = (kept, FileBlock(FILE_BLOCKS_MAX));
     let Some(at) = tail.first().map(|tail| tail.at) else {
-        return Ok(smallvec![extents::plan(t, id, beyond, dropped, &[])?]);
+        return Ok(smallvec![extents::plan(t, id, &[beyond], dropped, &[])?]);
     };
     let old = extents::overlapping(t, id, at, kept, usize::MAX)?;
     // One record may hold the tail's block and reach beyond it: it must be cut once, not twice.
     if old.last().is_some_and(|old| dropped.first().is_some_and(|first| first.at == old.at)) {
-        return Ok(smallvec![extents::plan(t, id, (at, beyond.1), dropped, tail)?]);
+        return Ok(smallvec![extents::plan(t, id, &[(at, beyond.1)], dropped, tail)?]);
     }
-    Ok(smallvec![extents::plan(t, id, (at, kept), &old, tail)?, extents::plan(t, id, beyond, dropped, &[])?])
+    Ok(smallvec![
+        extents::plan(t, id, &[(at, kept)], &old, tail)?,
+        extents::plan(t, id, &[beyond], dropped, &[])?
+    ])
 }
 
 /// The block that contains byte `size` with zeroes from there on, on the device; none if it is zero there already.
@@ -131,8 +135,8 @@ async fn zeroed_tail(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, size: u64
         return Ok(None);
     }
     buf[keep..].fill(0);
-    let ordered = write::allocate(core, io, 1, Room::Shrink).await?;
-    write::store(core, io, block, ordered, buf, size).await.0.map(Some)
+    let ordered = store::allocate(core, io, 1, Room::Shrink).await?;
+    store::store(core, io, block, ordered, buf).await.0.map(Some)
 }
 
 /// Drops up to [`STEP`] records of file `id` from its end down to block `kept`. True when there may be more; when there are none,
@@ -149,7 +153,7 @@ async fn drop_step(
         let beyond = extents::last_beyond(t, id, kept, STEP + 1)?;
         let more = beyond.len() > STEP;
         let dropped = &beyond[beyond.len().saturating_sub(STEP)..];
-        let plan = extents::plan(t, id, (kept, FileBlock(FILE_BLOCKS_MAX)), dropped, &[])?;
+        let plan = extents::plan(t, id, &[(kept, FileBlock(FILE_BLOCKS_MAX))], dropped, &[])?;
         let entry = orphans::find(t, id)?;
         orphans::touch(t, id)?;
         inodes::touch(t, id)?;

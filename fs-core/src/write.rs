@@ -1,11 +1,11 @@
 //! A direct write.
 //!
 //! 1. lock the blocks of the range exclusively;
-//! 2. allocate, as one or several runs ([`allocate`]); the blocks are owned by an [`Ordered`] extent from here on;
+//! 2. allocate, as one or several runs ([`store::allocate`]); the blocks are owned by an [`Ordered`] extent from here on;
 //! 3. fill the edges of an unaligned write from what is there ([`with_edges`]), so that whole blocks are written;
-//! 4. checksum the blocks while they are hot and write them ([`store`]);
+//! 4. checksum the blocks while they are hot and write them ([`store::store`]);
 //! 5. when all of them are on the device: publish the new mapping and size (pinned), put extents and checksums into the trees,
-//!    free what was replaced, unpin ([`publish`]) - in one transaction, so that a crash sees all of it or nothing;
+//!    free what was replaced, unpin ([`publish()`]) - in one transaction, so that a crash sees all of it or nothing;
 //! 6. unlock (the guard).
 //!
 //! A failure before step 5 gives the blocks back and changes nothing: the old content stays. A write longer than
@@ -15,22 +15,20 @@
 
 use std::sync::Arc;
 
-use bdev_adapter::{DmaBuf, Request};
+use bdev_adapter::DmaBuf;
 use smallvec::SmallVec;
 
-use crate::alloc::Stream;
 use crate::channel::io::Io;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_SIZE_MAX, File, FileInner};
 use crate::ordered::Ordered;
+use crate::publish::{Change, publish};
 use crate::range_lock::{Mode, RangeGuard};
-use crate::records::checksums;
-use crate::records::extents::{self, Extent};
-use crate::superblock::checksum32;
-use crate::txn::{Room, transact};
-use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation, Run};
-use crate::{pieces, read};
+use crate::read;
+use crate::store::{self, join};
+use crate::txn::Room;
+use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock};
 
 /// Largest write in bytes that is whole or absent after a crash.
 pub const ATOMIC_WRITE_MAX: usize = 1 << 20;
@@ -95,17 +93,17 @@ pub(crate) async fn write_buf(
     let mut all = Pieces::new();
     for piece in pieces {
         let rest = buf.split_off(piece.len);
-        let (result, front) =
-            store(core, io, piece.at(), piece.ordered, buf, piece.offset + piece.len as u64).await;
+        let (at, end) = (piece.at(), piece.end());
+        let (result, front) = store::store(core, io, at, piece.ordered, buf).await;
         let whole = join(written.take(), front);
         match result {
-            Ok(stored) => all.push(stored),
+            Ok(stored) => all.push(Change::one(inner, stored, end)),
             Err(error) => return (Err(error), join(Some(whole), rest)),
         }
         written = Some(whole);
         buf = rest;
     }
-    let result = publish_all(core, io, inner, all).await;
+    let result = publish_all(core, io, all).await;
     (result.map(|()| offset), join(written, buf))
 }
 
@@ -141,6 +139,11 @@ impl Piece {
     fn at(&self) -> FileBlock {
         FileBlock::containing(self.offset)
     }
+
+    /// The byte behind it.
+    fn end(&self) -> u64 {
+        self.offset + self.len as u64
+    }
 }
 
 /// Mostly there is one.
@@ -151,21 +154,10 @@ async fn allocate_all(core: &Arc<Core>, io: &Io, offset: u64, len: usize) -> Res
     let mut pieces = Pieces::new();
     for (offset, len) in cut(offset, len) {
         let blocks = blocks_of(offset, len);
-        let ordered = allocate(core, io, blocks, Room::Data(blocks)).await?;
+        let ordered = store::allocate(core, io, blocks, Room::Data(blocks)).await?;
         pieces.push(Piece { offset, len, ordered });
     }
     Ok(pieces)
-}
-
-fn join(front: Option<DmaBuf>, back: DmaBuf) -> DmaBuf {
-    match front {
-        None => back,
-        Some(mut front) => {
-            let joined = front.unsplit(back);
-            debug_assert!(joined.is_ok(), "the parts of a buffer do not follow each other");
-            front
-        }
-    }
 }
 
 /// Writes a slice, through a copy. Returns the byte offset that it went to.
@@ -183,10 +175,11 @@ async fn copy_in(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, 
     for piece in allocate_all(core, io, offset, data.len()).await? {
         let from = (piece.offset - offset) as usize;
         let buf = with_edges(core, io, file, piece.offset, &data[from..from + piece.len]).await?;
-        let size = piece.offset + piece.len as u64;
-        all.push(store(core, io, piece.at(), piece.ordered, buf, size).await.0?);
+        let (at, end) = (piece.at(), piece.end());
+        let stored = store::store(core, io, at, piece.ordered, buf).await.0?;
+        all.push(Change::one(file, stored, end));
     }
-    publish_all(core, io, file, all).await
+    publish_all(core, io, all).await
 }
 
 /// Step 3: a buffer of whole blocks with `data` at byte `at` and the file's content around it.
@@ -228,146 +221,12 @@ async fn read_edge(
     Ok(join(Some(join(Some(buf), block)), rest))
 }
 
-/// Step 2.
-pub(crate) async fn allocate(core: &Arc<Core>, io: &Io, blocks: u64, room: Room) -> Result<Ordered> {
-    let runs = transact(core, io, |t| {
-        t.check_room(room)?;
-        t.allocate(Stream::Data, blocks)
-    })
-    .await?;
-    Ok(Ordered::new(core, runs))
-}
-
-/// Blocks that are on the device, and that nothing refers to yet.
-pub(crate) struct Stored {
-    at: FileBlock,
-    ordered: Ordered,
-    sums: Vec<u32>,
-    /// The file ends at this byte at least when they are published.
-    size: u64,
-}
-
-impl Stored {
-    /// The extent records: one for each run; a run of one block carries its checksum.
-    pub(crate) fn records(&self, birth: Generation) -> SmallVec<[Extent; 4]> {
-        let mut done = 0;
-        self.runs()
-            .iter()
-            .map(|run| {
-                let checksum = (run.len == 1).then(|| self.sums[done as usize]);
-                let extent =
-                    Extent { at: self.at.plus(done), len: run.len, addr: run.start, checksum, birth };
-                done += run.len;
-                extent
-            })
-            .collect()
-    }
-
-    pub(crate) fn runs(&self) -> &[Run] {
-        self.ordered.runs()
-    }
-
-    pub(crate) fn ordered(&self) -> &Ordered {
-        &self.ordered
-    }
-
-    /// The trees refer to the blocks now.
-    pub(crate) fn finish(self) {
-        self.ordered.finish();
-    }
-}
-
-/// Step 4: writes the whole blocks of `buf`, which go to file block `at`, to the blocks of `ordered`.
-pub(crate) async fn store(
-    core: &Arc<Core>,
-    io: &Io,
-    at: FileBlock,
-    ordered: Ordered,
-    buf: DmaBuf,
-    size: u64,
-) -> (Result<Stored>, DmaBuf) {
-    let sums = buf.chunks_exact(BLOCK_SIZE).map(checksum32).collect();
-    let (result, buf) = send_all(core, io, ordered.runs(), buf).await;
-    // On failure the ordered extent gives its blocks back on drop.
-    (result.map(|()| Stored { at, ordered, sums, size }), buf)
-}
-
-async fn send_all(core: &Arc<Core>, io: &Io, runs: &[Run], mut buf: DmaBuf) -> (Result<()>, DmaBuf) {
-    let mut handles = SmallVec::<[_; 4]>::new();
-    core.stats.wrote_data(buf.len() as u64);
-    for run in runs {
-        let rest = buf.split_off((run.len as usize) << BLOCK_SHIFT);
-        handles.push(io.send(Request::write(core.locate(run.start), buf, 0)));
-        buf = rest;
-    }
-    let mut outcome = Ok(());
-    let mut whole = None;
-    for handle in handles {
-        let (result, bufs) = handle.await;
-        if let (Err(error), true) = (result, outcome.is_ok()) {
-            outcome = Err(Error::io("writing file data", error));
-        }
-        if let Some(piece) = bufs.into_one() {
-            whole = Some(join(whole, piece));
-        }
-    }
-    (outcome, join(whole, buf))
-}
-
-/// Step 5 for all pieces.
-async fn publish_all(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, pieces: Pieces<Stored>) -> Result<()> {
-    for stored in pieces {
-        publish(core, io, file, stored).await?;
+/// Step 5 for all pieces, each on its own.
+async fn publish_all(core: &Arc<Core>, io: &Io, pieces: Pieces<Change>) -> Result<()> {
+    for change in pieces {
+        publish(core, io, SmallVec::from_buf([change])).await?;
     }
     Ok(())
-}
-
-/// Step 5.
-async fn publish(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, stored: Stored) -> Result<()> {
-    let Stored { at, sums, size, .. } = &stored;
-    let end = at.plus(sums.len() as u64);
-    transact(core, io, |t| {
-        let new = stored.records(t.generation());
-        let old = extents::overlapping(t, file.id, *at, end, usize::MAX)?;
-        let replace = extents::plan(t, file.id, (*at, end), &old, &new)?;
-        let mut chunks = checksums::Plan::default();
-        for (extent, sums) in apart(&new, sums) {
-            checksums::plan(t, &mut chunks, extent.run(), sums)?;
-        }
-        t.ready(replace.len() + chunks.len())?;
-
-        // From here on nothing stops. Readers see the new content, then the tree does, then the pins go.
-        for (extent, sums) in apart(&new, sums) {
-            core.checksums.insert(extent.addr, sums);
-        }
-        let grown = (*size > file.size()).then_some(*size);
-        let published = pieces::publish(&file.map, &new, grown);
-        replace.apply(t)?;
-        checksums::apply(t, &chunks)?;
-        published.unpin(&file.map, &core.checksums);
-        t.published(stored.ordered());
-        t.change_inode(file, |inode| {
-            inode.size = inode.size.max(*size);
-            inode.extents = inode.extents.wrapping_add_signed(replace.extents);
-            inode.blocks = inode.blocks.wrapping_add_signed(replace.blocks);
-        });
-        Ok(())
-    })
-    .await?;
-    stored.finish();
-    Ok(())
-}
-
-/// The extents of a write whose checksums are kept apart from their records, with these.
-fn apart<'a>(new: &'a [Extent], sums: &'a [u32]) -> impl Iterator<Item = (&'a Extent, &'a [u32])> {
-    let mut done = 0;
-    new.iter()
-        .map(move |extent| {
-            let from = done;
-            done += extent.len as usize;
-            (extent, &sums[from..done])
-        })
-        .filter(|(extent, _)| extent.checksum.is_none())
 }
 
 #[cfg(test)]

@@ -193,12 +193,32 @@ pub(crate) struct Replacement {
     pub(crate) blocks: i64,
 }
 
-/// Plans to replace `[start, end)` of file `id`, where `old` overlaps it, by `new` (inside the range, in order), and makes
-/// sure that it can be done without stopping.
+/// A range of a file: its first block and the block behind it.
+pub(crate) type Span = (FileBlock, FileBlock);
+
+/// Looks up what lies in `spans` (disjoint, in order) of file `id`, and [plans](plan) to replace it by `new`.
+pub(crate) fn replace(
+    t: &mut Txn<'_>,
+    id: InodeId,
+    spans: &[Span],
+    new: &[Extent],
+) -> Result<Replacement, Stop> {
+    let mut old = SmallVec::<[Extent; 4]>::new();
+    for (start, end) in spans {
+        let found = overlapping(t, id, *start, *end, usize::MAX)?;
+        // One record may reach over several spans.
+        let known = old.last().map_or(FileBlock(0), Extent::end);
+        old.extend(found.into_iter().filter(|extent| extent.at >= known));
+    }
+    plan(t, id, spans, &old, new)
+}
+
+/// Plans to replace `spans` of file `id` (disjoint, in order), which `old` overlaps, by `new` (inside the spans, in order), and
+/// makes sure that it can be done without stopping.
 pub(crate) fn plan(
     t: &mut Txn<'_>,
     id: InodeId,
-    (start, end): (FileBlock, FileBlock),
+    spans: &[Span],
     old: &[Extent],
     new: &[Extent],
 ) -> Result<Replacement, Stop> {
@@ -211,24 +231,33 @@ pub(crate) fn plan(
         blocks: 0,
     };
     for extent in old {
-        let gone = extent.clip(start, end);
-        plan.freed.push(gone.run());
-        plan.blocks -= gone.len as i64;
         plan.extents -= 1;
-        if extent.at < start {
-            plan.put.push(extent.clip(extent.at, start));
-        } else if new.binary_search_by_key(&extent.at, |n| n.at).is_err() {
-            plan.remove.push(extent.at);
+        let first = spans.partition_point(|(_, end)| *end <= extent.at);
+        let mut kept_from = extent.at;
+        for (start, end) in spans[first..].iter().take_while(|(start, _)| *start < extent.end()) {
+            let gone = extent.clip(*start, *end);
+            plan.freed.push(gone.run());
+            plan.blocks -= gone.len as i64;
+            if kept_from < gone.at {
+                plan.put.push(extent.clip(kept_from, gone.at));
+            }
+            kept_from = gone.end();
         }
-        if extent.end() > end {
-            plan.put.push(extent.clip(end, extent.end()));
+        if kept_from < extent.end() {
+            plan.put.push(extent.clip(kept_from, extent.end()));
+        }
+        let starts_gone = spans.get(first).is_some_and(|(start, _)| *start <= extent.at);
+        if starts_gone && new.binary_search_by_key(&extent.at, |n| n.at).is_err() {
+            plan.remove.push(extent.at);
         }
     }
     plan.extents += plan.put.len() as i64;
     plan.blocks += new.iter().map(|n| n.len as i64).sum::<i64>();
-    // The path of `start` and those of the old records are in memory, since they were looked up.
-    for at in plan.put.iter().map(|e| e.at).filter(|at| *at > start) {
-        if old.binary_search_by_key(&at, |e| e.at).is_err() {
+    // The paths of the old records and of the first block of each span are in memory, since they were looked up.
+    for at in plan.put.iter().map(|e| e.at) {
+        let looked_up = old.binary_search_by_key(&at, |e| e.at).is_ok()
+            || spans.binary_search_by_key(&at, |(start, _)| *start).is_ok();
+        if !looked_up {
             t.touch(TreeKind::Extents, &key(id, at))?;
         }
     }
