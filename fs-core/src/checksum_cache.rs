@@ -82,7 +82,7 @@ const SEGMENT_BYTES: usize = BUCKETS * size_of::<Bucket>();
 type Segment = Box<[Bucket]>;
 
 /// The checksum cache of a mount. See the [module](self).
-pub(crate) struct ChecksumCache {
+pub struct ChecksumCache {
     segments: Box<[OnceLock<Segment>]>,
     allocated: AtomicUsize,
 }
@@ -121,7 +121,7 @@ fn parts(addr: BlockAddr, len: usize) -> impl Iterator<Item = Part> {
 impl ChecksumCache {
     /// A cache of at most some `bytes`, at least 60 KiB. A checksum takes 4.3 bytes where all blocks of a chunk are cached;
     /// memory is taken as it is used.
-    pub(crate) fn new(bytes: usize) -> ChecksumCache {
+    pub fn new(bytes: usize) -> ChecksumCache {
         // An odd number: strides of powers of two spread over all segments.
         let count = (bytes / SEGMENT_BYTES).saturating_sub(1) | 1;
         ChecksumCache {
@@ -132,7 +132,7 @@ impl ChecksumCache {
 
     /// The checksum of block `addr`, if it is cached.
     #[inline]
-    pub(crate) fn lookup(&self, addr: BlockAddr) -> Option<u32> {
+    pub fn lookup(&self, addr: BlockAddr) -> Option<u32> {
         let mut sum = [0];
         self.lookup_into(addr, &mut sum).then_some(sum[0])
     }
@@ -140,7 +140,7 @@ impl ChecksumCache {
     /// The checksums of `sums.len()` blocks from `addr`. Returns whether all of them are cached; if not, `sums` is left in an
     /// arbitrary state. Takes no lock; some 10 ns when hot.
     #[inline]
-    pub(crate) fn lookup_into(&self, addr: BlockAddr, sums: &mut [u32]) -> bool {
+    pub fn lookup_into(&self, addr: BlockAddr, sums: &mut [u32]) -> bool {
         parts(addr, sums.len()).all(|part| {
             self.bucket(part.chunk).is_some_and(|bucket| {
                 let mask = part.mask();
@@ -150,14 +150,14 @@ impl ChecksumCache {
     }
 
     /// Which of the blocks from `addr` to the end of its chunk (the next multiple of 64) are cached: bit `i` for `addr + i`.
-    pub(crate) fn present(&self, addr: BlockAddr) -> u64 {
+    pub fn present(&self, addr: BlockAddr) -> u64 {
         let (chunk, first) = (addr.0 / CHUNK as u64, (addr.0 % CHUNK as u64) as usize);
         self.bucket(chunk).map_or(0, |bucket| bucket.read(chunk, first, &mut []) >> first)
     }
 
     /// Asks the processor for what a lookup of `addr` will read first.
     #[inline]
-    pub(crate) fn prefetch(&self, addr: BlockAddr) {
+    pub fn prefetch(&self, addr: BlockAddr) {
         if let Some(bucket) = self.bucket(addr.0 / CHUNK as u64) {
             prefetch_read(&bucket.version);
             prefetch_read(&bucket.present[WAYS - 1]);
@@ -166,7 +166,7 @@ impl ChecksumCache {
 
     /// The second step after [`ChecksumCache::prefetch`], once that has arrived: asks for the checksum itself.
     #[inline]
-    pub(crate) fn prefetch_sum(&self, addr: BlockAddr) {
+    pub fn prefetch_sum(&self, addr: BlockAddr) {
         let (chunk, block) = (addr.0 / CHUNK as u64, (addr.0 % CHUNK as u64) as usize);
         if let Some((bucket, way)) =
             self.bucket(chunk).and_then(|bucket| Some((bucket, bucket.way_of(chunk)?)))
@@ -176,18 +176,18 @@ impl ChecksumCache {
     }
 
     /// Stores the checksums of freshly written blocks from `addr` on, in place of what was there.
-    pub(crate) fn insert(&self, addr: BlockAddr, sums: &[u32]) {
+    pub fn insert(&self, addr: BlockAddr, sums: &[u32]) {
         self.store(addr, sums, true);
     }
 
     /// Stores checksums of blocks from `addr` on that were read in the metadata tree, where none is present. The caller holds
     /// the blocks against reuse.
-    pub(crate) fn fill(&self, addr: BlockAddr, sums: &[u32]) {
+    pub fn fill(&self, addr: BlockAddr, sums: &[u32]) {
         self.store(addr, sums, broken(Mutation::FillOverwrites));
     }
 
     /// Forgets the checksums of `len` blocks from `addr` on.
-    pub(crate) fn remove(&self, addr: BlockAddr, len: usize) {
+    pub fn remove(&self, addr: BlockAddr, len: usize) {
         for part in parts(addr, len) {
             if let Some(bucket) = self.bucket(part.chunk) {
                 bucket.write(|bucket| {
@@ -204,13 +204,13 @@ impl ChecksumCache {
     }
 
     /// Resident bytes.
-    pub(crate) fn memory_bytes(&self) -> u64 {
+    pub fn memory_bytes(&self) -> u64 {
         let directory = size_of_val(&*self.segments) + size_of::<ChecksumCache>();
         (directory + self.allocated.load(Ordering::Relaxed) * SEGMENT_BYTES) as u64
     }
 
     /// Checksums that it can hold.
-    pub(crate) fn capacity(&self) -> u64 {
+    pub fn capacity(&self) -> u64 {
         (self.segments.len() * BUCKETS * WAYS * CHUNK) as u64
     }
 

@@ -20,6 +20,7 @@ mod channel;
 mod dispatch;
 mod namespace;
 mod file;
+#[allow(unreachable_pub, reason = "public for `internals`")]
 mod range_lock;
 mod write;
 mod read;
@@ -69,6 +70,9 @@ mod stats;
 mod error;
 #[allow(unreachable_pub, reason = "some of the types are public, the others have the same form")]
 mod types;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 
 pub use crate::channel::operation::{Completion, DirEntry, OpenFlags, Operation, Output, Stat, StatFs};
 pub use crate::channel::{Channel, List, OpFuture};

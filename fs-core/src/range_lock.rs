@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 
 /// How a range is held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Mode {
+pub enum Mode {
     /// With other shared holders.
     #[allow(dead_code, reason = "buffered reads hold ranges shared; direct reads take no lock")]
     Shared,
@@ -80,17 +80,17 @@ impl State {
 
 /// The range lock of one file.
 #[derive(Debug, Default)]
-pub(crate) struct RangeLock(Arc<Mutex<State>>);
+pub struct RangeLock(Arc<Mutex<State>>);
 
 impl RangeLock {
     /// Waits for `range` (end exclusive) in `mode`.
-    pub(crate) fn lock(&self, range: Range<u64>, mode: Mode) -> Acquire {
+    pub fn lock(&self, range: Range<u64>, mode: Mode) -> Acquire {
         Acquire { state: Arc::clone(&self.0), range, mode, id: None }
     }
 }
 
 /// Waits for a range; a future.
-pub(crate) struct Acquire {
+pub struct Acquire {
     state: Arc<Mutex<State>>,
     range: Range<u64>,
     mode: Mode,
@@ -143,7 +143,7 @@ impl Drop for Acquire {
 
 /// A held range; released on drop.
 #[derive(Debug)]
-pub(crate) struct RangeGuard {
+pub struct RangeGuard {
     state: Arc<Mutex<State>>,
     id: u64,
 }

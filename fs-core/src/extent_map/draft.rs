@@ -23,7 +23,7 @@ use super::view::{Segment, Segments, ViewData, find, segment_of, start_of};
 use crate::types::{BlockAddr, FileBlock};
 
 /// Takes the checksum of a block whose entry can no longer carry it.
-pub(crate) type ChecksumSink<'s> = dyn FnMut(BlockAddr, u32) + 's;
+pub type ChecksumSink<'s> = dyn FnMut(BlockAddr, u32) + 's;
 
 /// What a change does to a piece of its range. Pieces come in order and clipped to the range.
 pub(super) type Decide<'d> = dyn FnMut(PieceInFile, &mut Rewritten<'_, '_>) -> Verdict + 'd;

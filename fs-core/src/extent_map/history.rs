@@ -19,7 +19,7 @@ pub(super) const REACH: u64 = 1024;
 
 /// Proof of the moment before a loader began to read the metadata tree. Opaque; valid for the map that gave it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct LoadTicket(u64);
+pub struct LoadTicket(u64);
 
 /// The numbered events of a map.
 #[derive(Debug, Default)]

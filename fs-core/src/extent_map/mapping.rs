@@ -11,91 +11,91 @@ use std::fmt;
 use crate::types::{BLOCK_SIZE, BlockAddr, BlockCount, FileBlock};
 
 /// Blocks a file can have: 2^40 (4 PiB). Every map covers exactly `[0, MAX_FILE_BLOCKS)`.
-pub(crate) const MAX_FILE_BLOCKS: u64 = 1 << 40;
+pub const MAX_FILE_BLOCKS: u64 = 1 << 40;
 
 /// Exclusive end of a range of file blocks: the first block behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
-pub(crate) struct BlockEnd(pub(crate) u64);
+pub struct BlockEnd(pub u64);
 
 impl BlockEnd {
     /// The block that follows the range, as a position: where the next range would start.
-    pub(crate) fn next_start(self) -> FileBlock {
+    pub fn next_start(self) -> FileBlock {
         FileBlock(self.0)
     }
 }
 
 /// A range of file blocks, `[start, end)`, inside `[0, MAX_FILE_BLOCKS)`. May be empty.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct BlockRange {
+pub struct BlockRange {
     start: FileBlock,
     end: BlockEnd,
 }
 
 impl BlockRange {
     /// All blocks a file can have.
-    pub(crate) const ALL: BlockRange = BlockRange { start: FileBlock(0), end: BlockEnd(MAX_FILE_BLOCKS) };
+    pub const ALL: BlockRange = BlockRange { start: FileBlock(0), end: BlockEnd(MAX_FILE_BLOCKS) };
 
     /// `len` blocks from `start`; what lies behind [`MAX_FILE_BLOCKS`] is cut off.
-    pub(crate) fn new(start: FileBlock, len: u64) -> BlockRange {
+    pub fn new(start: FileBlock, len: u64) -> BlockRange {
         BlockRange::between(start, BlockEnd(start.0.saturating_add(len)))
     }
 
     /// The blocks from `start` up to `end`; what lies behind [`MAX_FILE_BLOCKS`] is cut off, an inverted range is empty.
-    pub(crate) fn between(start: FileBlock, end: BlockEnd) -> BlockRange {
+    pub fn between(start: FileBlock, end: BlockEnd) -> BlockRange {
         let end = BlockEnd(end.0.min(MAX_FILE_BLOCKS));
         BlockRange { start: FileBlock(start.0.min(end.0)), end }
     }
 
     /// As [`BlockRange::new`], for figures from outside: `None` unless the range is not empty and fits whole.
-    pub(crate) fn checked(start: FileBlock, len: u64) -> Option<BlockRange> {
+    pub fn checked(start: FileBlock, len: u64) -> Option<BlockRange> {
         let end = start.0.checked_add(len).filter(|end| *end <= MAX_FILE_BLOCKS)?;
         (len > 0).then_some(BlockRange { start, end: BlockEnd(end) })
     }
 
     /// The blocks from `start` to the end of the largest file.
-    pub(crate) fn from(start: FileBlock) -> BlockRange {
+    pub fn from(start: FileBlock) -> BlockRange {
         BlockRange::between(start, BlockEnd(MAX_FILE_BLOCKS))
     }
 
     /// The blocks that hold bytes `[offset, offset + len)`.
-    pub(crate) fn of_bytes(offset: u64, len: u64) -> BlockRange {
+    pub fn of_bytes(offset: u64, len: u64) -> BlockRange {
         let end = offset.saturating_add(len).div_ceil(BLOCK_SIZE as u64);
         BlockRange::between(FileBlock::containing(offset), BlockEnd(end))
     }
 
     /// First block.
-    pub(crate) fn start(self) -> FileBlock {
+    pub fn start(self) -> FileBlock {
         self.start
     }
 
     /// Exclusive end.
-    pub(crate) fn end(self) -> BlockEnd {
+    pub fn end(self) -> BlockEnd {
         self.end
     }
 
     /// Length.
-    pub(crate) fn len(self) -> BlockCount {
+    pub fn len(self) -> BlockCount {
         BlockCount(self.end.0 - self.start.0)
     }
 
     /// Whether it holds no block.
-    pub(crate) fn is_empty(self) -> bool {
+    pub fn is_empty(self) -> bool {
         self.start.0 == self.end.0
     }
 
     /// Whether `block` lies inside.
-    pub(crate) fn contains(self, block: FileBlock) -> bool {
+    pub fn contains(self, block: FileBlock) -> bool {
         self.start <= block && block.0 < self.end.0
     }
 
     /// Whether the two share a block.
-    pub(crate) fn overlaps(self, other: BlockRange) -> bool {
+    pub fn overlaps(self, other: BlockRange) -> bool {
         self.start.0 < other.end.0 && other.start.0 < self.end.0
     }
 
     /// What the two share; empty if nothing.
-    pub(crate) fn intersection(self, other: BlockRange) -> BlockRange {
+    pub fn intersection(self, other: BlockRange) -> BlockRange {
         BlockRange::between(self.start.max(other.start), self.end.min(other.end))
     }
 }
@@ -108,7 +108,7 @@ impl fmt::Display for BlockRange {
 
 /// What a run of file blocks maps to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Mapping {
+pub enum Mapping {
     /// Not loaded from the metadata tree. Whoever needs it loads it: it is neither data nor a hole.
     Unknown,
     /// No block: reads as zeros.
@@ -132,16 +132,16 @@ pub(crate) enum Mapping {
 
 /// A mapping to put into the map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct NewExtent {
+pub struct NewExtent {
     /// The file blocks it covers; not empty.
-    pub(crate) range: BlockRange,
+    pub range: BlockRange,
     /// What they map to.
-    pub(crate) mapping: Mapping,
+    pub mapping: Mapping,
 }
 
 impl NewExtent {
     /// `len` blocks from `file_block` that map to `mapping`.
-    pub(crate) fn new(file_block: FileBlock, len: u64, mapping: Mapping) -> NewExtent {
+    pub fn new(file_block: FileBlock, len: u64, mapping: Mapping) -> NewExtent {
         NewExtent { range: BlockRange::new(file_block, len), mapping }
     }
 
@@ -161,7 +161,7 @@ impl NewExtent {
 
 /// One entry of the map: a maximal run of blocks with one mapping (cut at most at multiples of 2^30 blocks).
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Entry {
+pub struct Entry {
     pub(super) start: u64,
     pub(super) end: u64,
     pub(super) value: Value,
@@ -170,62 +170,62 @@ pub(crate) struct Entry {
 
 impl Entry {
     /// A hole over everything: a filler for [`View::lookup_batch`](super::View::lookup_batch) buffers.
-    pub(crate) const EMPTY: Entry = Entry { start: 0, end: MAX_FILE_BLOCKS, value: Value::HOLE, sum: 0 };
+    pub const EMPTY: Entry = Entry { start: 0, end: MAX_FILE_BLOCKS, value: Value::HOLE, sum: 0 };
 
     /// The blocks it covers.
-    pub(crate) fn range(&self) -> BlockRange {
+    pub fn range(&self) -> BlockRange {
         BlockRange::between(FileBlock(self.start), BlockEnd(self.end))
     }
 
     /// First block.
-    pub(crate) fn start(&self) -> FileBlock {
+    pub fn start(&self) -> FileBlock {
         FileBlock(self.start)
     }
 
     /// Exclusive end.
-    pub(crate) fn end(&self) -> BlockEnd {
+    pub fn end(&self) -> BlockEnd {
         BlockEnd(self.end)
     }
 
     /// Length.
-    pub(crate) fn len(&self) -> BlockCount {
+    pub fn len(&self) -> BlockCount {
         BlockCount(self.end - self.start)
     }
 
     /// Whether it covers no block: never, for an entry of a map.
-    pub(crate) fn is_empty(&self) -> bool {
+    pub fn is_empty(&self) -> bool {
         self.end == self.start
     }
 
     /// What its first block maps to.
-    pub(crate) fn mapping(&self) -> Mapping {
+    pub fn mapping(&self) -> Mapping {
         self.value.mapping(self.sum)
     }
 
     /// Whether it is ahead of the metadata tree.
-    pub(crate) fn is_pinned(&self) -> bool {
+    pub fn is_pinned(&self) -> bool {
         self.value.is_pinned()
     }
 
     /// Whether it has to be loaded from the metadata tree.
-    pub(crate) fn is_unknown(&self) -> bool {
+    pub fn is_unknown(&self) -> bool {
         self.value.state() == State::Unknown
     }
 
     /// The device block behind `block`, where it is written data and `block` lies inside: the cheap form of
     /// [`Entry::at`] for the read path.
-    pub(crate) fn data_addr(&self, block: FileBlock) -> Option<BlockAddr> {
+    pub fn data_addr(&self, block: FileBlock) -> Option<BlockAddr> {
         let inside = self.range().contains(block) && self.value.state() == State::Data;
         inside.then(|| BlockAddr(self.value.addr() + (block.0 - self.start)))
     }
 
     /// The entry from `block` on, its address moved along; `None` if `block` lies outside.
-    pub(crate) fn at(&self, block: FileBlock) -> Option<Entry> {
+    pub fn at(&self, block: FileBlock) -> Option<Entry> {
         self.clipped(BlockRange::from(block)).filter(|rest| rest.start == block.0)
     }
 
     /// The part inside `range`, its address moved along; `None` if they share no block.
-    pub(crate) fn clipped(&self, range: BlockRange) -> Option<Entry> {
+    pub fn clipped(&self, range: BlockRange) -> Option<Entry> {
         let both = self.range().intersection(range);
         (!both.is_empty()).then(|| Entry {
             start: both.start.0,

@@ -28,10 +28,10 @@ use super::node::{Directory, Group, Inner, InnerGroup, LINE, Leaf, LeafGroup, MA
 
 /// Keeps what a reader has reached alive. Costs some 6 ns; never hold one across an I/O: reclamation waits for it.
 #[derive(Debug)]
-pub(crate) struct EpochGuard(Guard);
+pub struct EpochGuard(Guard);
 
 /// Enters an epoch on the calling thread. Guards nest cheaply.
-pub(crate) fn pin() -> EpochGuard {
+pub fn pin() -> EpochGuard {
     EpochGuard(crossbeam_epoch::pin())
 }
 

@@ -67,23 +67,23 @@ use parking_lot::Mutex;
 use smallvec::SmallVec;
 
 pub(crate) use self::cpu::prefetch_read;
-pub(crate) use self::draft::ChecksumSink;
+pub use self::draft::ChecksumSink;
 use self::draft::{Draft, PieceInFile, Rewritten, Verdict, all_nodes};
-pub(crate) use self::history::LoadTicket;
+pub use self::history::LoadTicket;
 use self::history::{History, Since};
-pub(crate) use self::mapping::{BlockEnd, BlockRange, Entry, MAX_FILE_BLOCKS, Mapping, NewExtent};
+pub use self::mapping::{BlockEnd, BlockRange, Entry, MAX_FILE_BLOCKS, Mapping, NewExtent};
 use self::mapping::{State, Value};
-pub(crate) use self::mem::{EpochGuard, pin};
+pub use self::mem::{EpochGuard, pin};
 use self::mem::{Nodes, Published};
 #[cfg(test)]
 pub(crate) use self::mutation::with_broken;
 pub(crate) use self::mutation::{Mutation, broken};
-pub(crate) use self::view::{FileVersion, MapStats, View};
+pub use self::view::{FileVersion, LOOKUP_LANES, MapStats, View};
 use self::view::{Segment, Segments, ViewData};
 use crate::types::FileBlock;
 
 /// The extent map of one file.
-pub(crate) struct ExtentMap {
+pub struct ExtentMap {
     published: Published<ViewData>,
     writer: Mutex<Writer>,
 }
@@ -99,29 +99,29 @@ struct Writer {
 
 /// A change to publish: any number of extents and the size, in one swap.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct PublishWrite<'a> {
+pub struct PublishWrite<'a> {
     /// What is mapped anew. Pinned until [`ExtentMap::unpin`]. Not empty, not [`Mapping::Unknown`], addresses below 2^48,
     /// checksums only on single blocks; where they overlap, the later one holds.
-    pub(crate) extents: &'a [NewExtent],
+    pub extents: &'a [NewExtent],
     /// The new size in bytes, if it changes.
-    pub(crate) size: Option<u64>,
+    pub size: Option<u64>,
 }
 
 /// What became of a loader's extents, in blocks of the loaded range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub(crate) struct LoadOutcome {
+pub struct LoadOutcome {
     /// Were unknown and are filled.
-    pub(crate) filled: u64,
+    pub filled: u64,
     /// Were known already: left alone.
-    pub(crate) kept: u64,
+    pub kept: u64,
     /// Are still unknown, as they changed since the ticket: take a new ticket and read the tree again if they matter.
-    pub(crate) refused: u64,
+    pub refused: u64,
 }
 
 /// A loader's extents are no mapping: empty, out of order, overlapping, `Unknown`, or with an impossible address or checksum.
 /// Nothing was loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct BadExtents;
+pub struct BadExtents;
 
 impl fmt::Display for BadExtents {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -136,12 +136,12 @@ const LIMBO_NODES: usize = 63;
 
 impl ExtentMap {
     /// The map of a new file: all hole, size 0.
-    pub(crate) fn new_empty() -> ExtentMap {
+    pub fn new_empty() -> ExtentMap {
         ExtentMap::uniform(Value::HOLE, 0)
     }
 
     /// The map of an existing file of `size` bytes: nothing loaded.
-    pub(crate) fn new_unloaded(size: u64) -> ExtentMap {
+    pub fn new_unloaded(size: u64) -> ExtentMap {
         ExtentMap::uniform(Value::UNKNOWN, size)
     }
 
@@ -154,7 +154,7 @@ impl ExtentMap {
 
     /// The present state of the file. Takes no lock.
     #[inline]
-    pub(crate) fn view<'g>(&'g self, guard: &'g EpochGuard) -> View<'g> {
+    pub fn view<'g>(&'g self, guard: &'g EpochGuard) -> View<'g> {
         let (data, reach) = self.published.load(guard);
         View { data, reach, guard }
     }
@@ -162,14 +162,14 @@ impl ExtentMap {
     /// Whether nothing in the file has changed since `view` was taken. What only moves knowledge (load, unpin, evict) is no
     /// change. Takes no lock.
     #[inline]
-    pub(crate) fn is_current(&self, view: &View<'_>) -> bool {
+    pub fn is_current(&self, view: &View<'_>) -> bool {
         self.published.is(view.data, view.guard) || self.view(view.guard).version() == view.version()
     }
 
     /// Whether `range` still maps to the same places as in `view`, and as much of it lies inside the file: what a reader of
     /// `range` has to know, where [`ExtentMap::is_current`] would also refuse it for a write elsewhere in the file. Takes no
     /// lock. (The caller holds the blocks against reuse, so the same place is the same content.)
-    pub(crate) fn is_current_in(&self, view: &View<'_>, range: BlockRange) -> bool {
+    pub fn is_current_in(&self, view: &View<'_>, range: BlockRange) -> bool {
         if self.is_current(view) {
             return true;
         }
@@ -195,7 +195,7 @@ impl ExtentMap {
     ///
     /// # Panics
     /// If an extent is not as [`PublishWrite`] demands: a bug of the caller.
-    pub(crate) fn publish(&self, write: PublishWrite<'_>) -> FileVersion {
+    pub fn publish(&self, write: PublishWrite<'_>) -> FileVersion {
         assert!(
             write.extents.iter().all(NewExtent::is_sound),
             "an extent that cannot be: {:?}",
@@ -224,7 +224,7 @@ impl ExtentMap {
 
     /// Makes `range` a hole that is not pinned. Once the metadata tree has changed, [`ExtentMap::invalidate`] must follow.
     /// (To have a hole pinned, publish one.)
-    pub(crate) fn set_hole(&self, range: BlockRange) -> FileVersion {
+    pub fn set_hole(&self, range: BlockRange) -> FileVersion {
         self.change(|draft, history| {
             draft.replace(range, (Value::HOLE, 0), &mut |_, _| {});
             history.record(range);
@@ -233,7 +233,7 @@ impl ExtentMap {
 
     /// Changes the size to `size` bytes; if it shrinks, all behind the block-rounded size becomes a hole that is not pinned,
     /// in the same swap. Once the metadata tree has changed, [`ExtentMap::invalidate`] must follow.
-    pub(crate) fn truncate(&self, size: u64) -> FileVersion {
+    pub fn truncate(&self, size: u64) -> FileVersion {
         self.change(|draft, history| {
             if size < draft.view.size {
                 let rest = BlockRange::from(FileBlock::at_or_after(size));
@@ -245,7 +245,7 @@ impl ExtentMap {
     }
 
     /// Changes the size to `size` bytes and no mapping.
-    pub(crate) fn set_size(&self, size: u64) -> FileVersion {
+    pub fn set_size(&self, size: u64) -> FileVersion {
         self.change(|draft, _| draft.view.size = size)
     }
 
@@ -254,7 +254,7 @@ impl ExtentMap {
     ///
     /// Checksums of one-block entries that merge go to `sink` (see [`draft`]). Call it *after* the tree insertion: it is the
     /// moment from which loaders are believed again.
-    pub(crate) fn unpin(&self, published: &[NewExtent], sink: &mut ChecksumSink<'_>) {
+    pub fn unpin(&self, published: &[NewExtent], sink: &mut ChecksumSink<'_>) {
         self.adjust(|draft, history| {
             let mut any = false;
             for extent in published {
@@ -268,7 +268,7 @@ impl ExtentMap {
     }
 
     /// Notes the present for a loader: call it before reading the metadata tree.
-    pub(crate) fn load_ticket(&self) -> LoadTicket {
+    pub fn load_ticket(&self) -> LoadTicket {
         self.writer.lock().history.ticket()
     }
 
@@ -278,7 +278,7 @@ impl ExtentMap {
     ///
     /// Fills only what is unknown and did not change since the ticket. The caller looks up again: the answer may be that of
     /// another loader, or still `Unknown` if [`LoadOutcome::refused`] is not 0. Merged checksums go to `sink`.
-    pub(crate) fn load(
+    pub fn load(
         &self,
         range: BlockRange,
         ticket: LoadTicket,
@@ -313,7 +313,7 @@ impl ExtentMap {
 
     /// Drops what is cached of `range` and not pinned, splitting at its borders. To be called after the metadata tree changed
     /// in a way that pinned nothing; results of loaders on their way are refused there.
-    pub(crate) fn invalidate(&self, range: BlockRange) -> FileVersion {
+    pub fn invalidate(&self, range: BlockRange) -> FileVersion {
         self.change(|draft, history| {
             draft.rewrite(range, &mut |_, _| {}, &mut |at, out| {
                 forget(at, out, broken(Mutation::InvalidateDropsPinned))
@@ -325,14 +325,14 @@ impl ExtentMap {
     /// Drops entries that are not pinned until some `target_bytes` are freed, going round the file from where the last call
     /// stopped. Returns by how many bytes the map shrank. Keeps writers of the file waiting for some 30 ns an entry: better little
     /// by little.
-    pub(crate) fn evict(&self, target_bytes: u64) -> u64 {
+    pub fn evict(&self, target_bytes: u64) -> u64 {
         let writer = &mut *self.writer.lock();
         let (before, after) = self.evict_locked(writer, target_bytes);
         before.saturating_sub(after)
     }
 
     /// Resident bytes: nodes, view, history and the map itself; without what readers keep from being freed.
-    pub(crate) fn memory_bytes(&self) -> u64 {
+    pub fn memory_bytes(&self) -> u64 {
         let guard = pin();
         let history = self.writer.lock().history.bytes();
         self.view(&guard).stats().node_bytes
@@ -340,7 +340,7 @@ impl ExtentMap {
     }
 
     /// Entries held in nodes.
-    pub(crate) fn entries(&self) -> u64 {
+    pub fn entries(&self) -> u64 {
         self.view(&pin()).stats().entries
     }
 

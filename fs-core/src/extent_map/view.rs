@@ -13,10 +13,10 @@ use crate::types::FileBlock;
 /// what only moves knowledge in and out (load, unpin, evict).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
-pub(crate) struct FileVersion(pub(crate) u64);
+pub struct FileVersion(pub u64);
 
 /// Lookups that [`View::lookup_batch`] and [`View::lookup_across`] keep in flight together.
-pub(crate) const LOOKUP_LANES: usize = 16;
+pub const LOOKUP_LANES: usize = 16;
 
 /// One segment of the file: 2^30 blocks.
 #[derive(Clone, Copy, Debug)]
@@ -43,13 +43,13 @@ impl Segments {
 
 /// Counters of a view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub(crate) struct MapStats {
+pub struct MapStats {
     /// Entries held in nodes.
-    pub(crate) entries: u64,
+    pub entries: u64,
     /// Those among them that are pinned.
-    pub(crate) pinned: u64,
+    pub pinned: u64,
     /// Bytes of the nodes.
-    pub(crate) node_bytes: u64,
+    pub node_bytes: u64,
 }
 
 /// The published state of a map.
@@ -64,7 +64,7 @@ pub(super) struct ViewData {
 /// One whole state of a file: size, version and mappings that belong together. Lives as long as the epoch guard and the
 /// map; sees nothing of later changes.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'g> {
+pub struct View<'g> {
     pub(super) data: &'g ViewData,
     pub(super) reach: Reach<'g>,
     pub(super) guard: &'g EpochGuard,
@@ -73,24 +73,24 @@ pub(crate) struct View<'g> {
 impl<'g> View<'g> {
     /// Size of the file in bytes.
     #[inline]
-    pub(crate) fn size(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         self.data.size
     }
 
     /// Version of the file.
     #[inline]
-    pub(crate) fn version(&self) -> FileVersion {
+    pub fn version(&self) -> FileVersion {
         self.data.version
     }
 
     /// Counters.
-    pub(crate) fn stats(&self) -> MapStats {
+    pub fn stats(&self) -> MapStats {
         self.data.stats
     }
 
     /// The entry that covers `block`, whole (cut only at multiples of 2^30 blocks). Behind [`MAX_FILE_BLOCKS`] all is hole.
     #[inline]
-    pub(crate) fn lookup(&self, block: FileBlock) -> Entry {
+    pub fn lookup(&self, block: FileBlock) -> Entry {
         if block.0 >= MAX_FILE_BLOCKS {
             return beyond_the_largest_file();
         }
@@ -102,7 +102,7 @@ impl<'g> View<'g> {
 
     /// Looks up `blocks[i]` into `entries[i]`, up to the shorter of the two, with [`LOOKUP_LANES`] descents under way at a time
     /// so that their cache misses overlap.
-    pub(crate) fn lookup_batch(&self, blocks: &[FileBlock], entries: &mut [Entry]) {
+    pub fn lookup_batch(&self, blocks: &[FileBlock], entries: &mut [Entry]) {
         let listed = &self.data.segments.listed[..];
         for (blocks, entries) in blocks.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
             let mut lanes = Lanes::new();
@@ -117,7 +117,7 @@ impl<'g> View<'g> {
     }
 
     /// As [`View::lookup_batch`] over several files: looks up each block in its view.
-    pub(crate) fn lookup_across(queries: &[(View<'_>, FileBlock)], entries: &mut [Entry]) {
+    pub fn lookup_across(queries: &[(View<'_>, FileBlock)], entries: &mut [Entry]) {
         let Some((View { reach, .. }, _)) = queries.first() else { return };
         for (queries, entries) in queries.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
             let mut lanes = Lanes::new();
@@ -133,7 +133,7 @@ impl<'g> View<'g> {
 
     /// The entries of `range` in order, clipped to it. Neighbours that continue each other across a segment's end (2^30
     /// blocks) are given as two.
-    pub(crate) fn iter(&self, range: BlockRange) -> impl Iterator<Item = Entry> + use<'g> {
+    pub fn iter(&self, range: BlockRange) -> impl Iterator<Item = Entry> + use<'g> {
         let view = *self;
         let mut next = range.start();
         std::iter::from_fn(move || {
@@ -147,7 +147,7 @@ impl<'g> View<'g> {
     }
 
     /// Whether some block of `range` has to be loaded from the metadata tree.
-    pub(crate) fn has_unknown(&self, range: BlockRange) -> bool {
+    pub fn has_unknown(&self, range: BlockRange) -> bool {
         self.iter(range).any(|entry| entry.is_unknown())
     }
 
