@@ -51,19 +51,21 @@ image() {
   printf '%s' "$IMAGES/$1"
 }
 
-# What cargo built last of the test program $1.
+# Features and crates are those of scripts/test.sh, so that nothing is built twice.
+readonly CRATES=(-p spdk-sys -p bdev-adapter -p fs-core -p bench) FEATURES=(--features "bdev-adapter/spdk,bench/spdk")
+
+# The test program $1, as cargo names it: the build directory may hold others of that name, with other features or older.
 test_program() {
   local path
-  path="$(find "$(target_dir)/debug/deps" -maxdepth 1 -type f -executable -name "$1-*" -printf '%T@ %p\n' | sort -rn |
-    head -n 1 | cut -d' ' -f2-)"
+  path="$(cargo test --locked "${CRATES[@]}" "${FEATURES[@]}" --test "$1" --no-run --message-format json 2>/dev/null |
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)"
   [ -n "$path" ] || die "the test program $1 is not built" "$0 build"
   printf '%s' "$path"
 }
 
-# Features and crates are those of scripts/test.sh, so that nothing is built twice.
 build() {
   spdk_is_there || die "SPDK is not installed" "make spdk"
-  cargo test --locked -p spdk-sys -p bdev-adapter -p fs-core -p bench --features "bdev-adapter/spdk,bench/spdk" --no-run
+  cargo test --locked "${CRATES[@]}" "${FEATURES[@]}" --no-run
 }
 
 pack() {
