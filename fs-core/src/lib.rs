@@ -70,6 +70,7 @@ mod stats;
 mod error;
 #[allow(unreachable_pub, reason = "some of the types are public, the others have the same form")]
 mod types;
+mod sync;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;

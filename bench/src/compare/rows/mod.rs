@@ -4,11 +4,14 @@ mod adapter;
 mod mount;
 mod names;
 mod randread;
+mod range_lock;
 mod stream;
 
 use super::row::Row;
 
 /// All rows, in the order in which they are measured.
 pub(crate) fn all() -> impl Iterator<Item = &'static Row> {
-    [randread::ROWS, stream::ROWS, mount::ROWS, names::ROWS, adapter::ROWS].into_iter().flatten()
+    [randread::ROWS, stream::ROWS, mount::ROWS, names::ROWS, range_lock::ROWS, adapter::ROWS]
+        .into_iter()
+        .flatten()
 }
