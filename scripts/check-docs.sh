@@ -63,8 +63,8 @@ for example in fs-core/examples/*.rs; do
   grep -qF -- "<!-- file: $example -->" README.md || complain "README.md does not show $example"
 done
 check_names docs/architecture.md fs-core/src/lib.rs 's/^(pub )?mod ([a-z_]+);$/\2/p'
-for part in channel alloc tree extent_map records; do
-  check_names docs/architecture.md "fs-core/src/$part/mod.rs" '/^#\[cfg\(test\)\]/{n;d}; s/^(pub |pub\(crate\) )?mod ([a-z_]+);$/\2/p'
+for part in channel range_lock alloc tree extent_map records; do
+  check_names docs/architecture.md "fs-core/src/$part/mod.rs" '/^#\[cfg\((all\()?test/{n;d}; s/^(pub |pub\(crate\) )?mod ([a-z_]+);$/\2/p'
 done
 check_names docs/on-disk-format.md fs-core/src/superblock.rs \
   '/^pub\(crate\) struct OnDisk/,/^}/ s/^ +pub\(crate\) ([a-z_]+): .*/\1/p'

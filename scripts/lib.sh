@@ -149,3 +149,9 @@ SPDK_DEVICE='spdk-bdev:Malloc0?config=scripts/spdk-malloc.json'
 spdk_is_there() {
   [ -n "${SPDK_DIR:-}" ] || [ -e "$(scripts/spdk.sh prefix)/gaur-stamp" ] || pkg-config --exists spdk_bdev 2>/dev/null
 }
+
+# Tests of the lock-free parts under a model checker, loom or shuttle, in a build of its own (fs-core/src/sync.rs).
+model_checker() {
+  step "$1: range lock" env RUSTFLAGS="--cfg $1" CARGO_TARGET_DIR="$(target_dir)/$1" CARGO_PROFILE_TEST_DEBUG=0 \
+    cargo test --locked -p fs-core --lib range_lock
+}

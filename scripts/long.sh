@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The long forms of the randomised tests of fs-core, optimised, with assertions on; then many power cuts in a guest, where
-# SPDK and QEMU are installed.
+# The long forms of the randomised tests of fs-core, optimised, with assertions on; the model checkers; then many power cuts
+# in a guest, where SPDK and QEMU are installed.
 #
-#   scripts/long.sh [FILTER]   only tests of fs-core whose name contains FILTER; no power cuts
+#   scripts/long.sh [FILTER]   only tests of fs-core whose name contains FILTER; no model checkers, no power cuts
 #
 #   GAUR_OPS=N       operations of the model test (default here 1000000)
-#   GAUR_STEPS=N     steps of the models of trees and allocator (default here 300000)
+#   GAUR_STEPS=N     steps of the models of trees, allocator and range lock, schedules of shuttle (default here 300000)
 #   GAUR_CRASHES=N   crash states that the crash test tries (default here 10000)
 #   GAUR_CUTS=N      power cuts (default here 20, and half of them again with sectors of 4096 bytes)
 #   GAUR_SEED=N      replay a run
@@ -37,5 +37,9 @@ power_cuts() {
   step "guest: power cuts, 4096" scripts/guest-tests.sh powercut --cuts "$(((cuts + 1) / 2))" --sector 4096 "${seed[@]}"
 }
 
-if [ $# -eq 0 ]; then power_cuts; fi
+if [ $# -eq 0 ]; then
+  model_checker loom
+  model_checker shuttle
+  power_cuts
+fi
 finish_steps

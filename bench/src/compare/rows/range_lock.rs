@@ -84,10 +84,10 @@ fn rate(clock: Clock, seconds: Duration, mut pair: impl FnMut(u64)) -> f64 {
     }
 }
 
-/// Takes and releases ranges of the MiB from `base` on.
-fn rate_of(lock: &RangeLock, base: u64, lab: (Clock, Duration)) -> f64 {
-    rate(lab.0, lab.1, |i| {
-        let guard = take(lock, black_box(range(base, i)));
+/// Takes and releases ranges, number `i` of which is `range(i)`.
+fn rate_of(lock: &RangeLock, (clock, seconds): (Clock, Duration), range: impl Fn(u64) -> Range<u64>) -> f64 {
+    rate(clock, seconds, |i| {
+        let guard = take(lock, black_box(range(i)));
         assert!(guard.is_some(), "nobody else has this range");
     })
 }
@@ -96,6 +96,8 @@ fn rate_of(lock: &RangeLock, base: u64, lab: (Clock, Duration)) -> f64 {
 struct Uncontended {
     ours: RangeLock,
     peer: Mutex<Intervals>,
+    /// The same from an offset to the end of the file, as appends and truncates lock.
+    to_the_end_ns: f64,
 }
 
 /// Held ranges by their starts: what one would write without a second thought.
@@ -113,7 +115,8 @@ fn enter(held: &mut Intervals, range: &Range<u64>) -> bool {
 impl Contest for Uncontended {
     fn ours(&mut self, lab: &Lab) -> Result<f64> {
         let _pinned = Pinned::to_last_core();
-        Ok(1e9 / rate_of(&self.ours, 0, (lab.clock, lab.seconds)))
+        self.to_the_end_ns = 1e9 / rate_of(&self.ours, (lab.clock, lab.seconds / 5), |i| i * LEN..u64::MAX);
+        Ok(1e9 / rate_of(&self.ours, (lab.clock, lab.seconds), |i| range(0, i)))
     }
 
     fn peer(&mut self, lab: &Lab) -> Result<Option<f64>> {
@@ -124,6 +127,10 @@ impl Contest for Uncontended {
             self.peer.lock().remove(&range.start);
         });
         Ok(Some(1e9 / rate))
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        vec![format!("to the end of the file, as appends and truncates lock: {:.0} ns", self.to_the_end_ns)]
     }
 }
 
@@ -138,7 +145,7 @@ impl Contest for Disjoint {
         let work = |core: usize, base: u64| {
             let _pinned = Pinned::to_core(core);
             together.wait();
-            rate_of(lock, base, timing)
+            rate_of(lock, timing, |i| range(base, i))
         };
         let cores = cores();
         let [.., first, second] = cores[..] else {
@@ -153,6 +160,6 @@ impl Contest for Disjoint {
 
     fn peer(&mut self, lab: &Lab) -> Result<Option<f64>> {
         let _pinned = Pinned::to_last_core();
-        Ok(Some(rate_of(&self.0, 0, (lab.clock, lab.seconds))))
+        Ok(Some(rate_of(&self.0, (lab.clock, lab.seconds), |i| range(0, i))))
     }
 }
