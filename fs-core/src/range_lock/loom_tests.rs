@@ -190,6 +190,26 @@ fn three_neighbours_in_a_list() {
     });
 }
 
+/// Two walk past neighbours that are released in this moment: each is unlinked once, and none comes back.
+#[test]
+fn walkers_meet() {
+    explore(3, || {
+        let file = File::new();
+        let oldest = take(&file, 0..10, Mode::Exclusive);
+        let older = take(&file, 10..20, Mode::Exclusive);
+        let newest = take(&file, 20..30, Mode::Exclusive);
+        let walkers: [_; 2] = std::array::from_fn(|i| {
+            let at = 30 + i as u64 * 10;
+            spawn(&file, move |file| drop(take(file, at..at + 10, Mode::Exclusive)))
+        });
+        drop(oldest);
+        drop(older);
+        join(walkers);
+        drop(newest);
+        file.end([0, 0]);
+    });
+}
+
 /// One gives up while what it waits for is released, and one waits behind it.
 #[test]
 fn a_waiter_gives_up() {

@@ -327,7 +327,10 @@ mod reclaim {
 
     impl Pin {
         pub(super) fn retire(&self, node: NodeRef) {
-            LIMBO.with_borrow_mut(|limbo| limbo.push(node));
+            LIMBO.with_borrow_mut(|limbo| {
+                assert!(!limbo.contains(&node), "a node was unlinked twice");
+                limbo.push(node);
+            });
         }
 
         pub(in crate::range_lock) fn drop_later(&self, what: impl Send + 'static) {

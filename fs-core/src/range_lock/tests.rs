@@ -148,7 +148,10 @@ fn a_cancelled_waiter_leaves_nothing_behind() {
     let lock = RangeLock::default();
     let held = take(&lock, 0..10, Mode::Exclusive);
     let (waiting, _) = ask(&lock, 0..10, Mode::Exclusive);
+    let wakers = || lock.stripe(stripe_of(0)).waiting();
+    assert_eq!(wakers(), 1);
     drop(waiting);
+    assert_eq!(wakers(), 0, "its waker stays until what it waited for is released");
     // Granted but never polled again, then dropped.
     let (granted, _) = ask(&lock, 0..10, Mode::Exclusive);
     drop(held);
