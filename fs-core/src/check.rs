@@ -3,8 +3,8 @@
 //! 1. commit, so that what is in memory and what is durable are one ([`run`]);
 //! 2. every tree node: checksum, place, bounds, order ([`walk_trees`]);
 //! 3. every name leads to an inode, every inode has one name or is an orphan ([`check_names`], [`check_inodes`]);
-//! 4. every extent lies inside its file and on blocks of its own; the counts of its inode agree; its data has its checksums
-//!    ([`check_extents`]);
+//! 4. every extent lies inside its file (but for blocks kept beyond its end) and on blocks of its own; the counts of its inode, and
+//!    of preallocated blocks, agree; its data has its checksums ([`check_extents`]);
 //! 5. the allocator says of every block what the walk has found ([`check_space`]).
 //!
 //! It finds and reports; it repairs nothing. No other operation should run meanwhile, or it may report what has just changed.
@@ -21,7 +21,7 @@ use crate::channel::io::Io;
 use crate::commit;
 use crate::core::Core;
 use crate::error::{Error, Result};
-use crate::records::extents::Extent;
+use crate::records::extents::{Extent, Kind};
 use crate::records::orphans::Work;
 use crate::records::{TreeKind, checksums, extents, inodes, names, orphans};
 use crate::superblock::{self, checksum32};
@@ -59,6 +59,10 @@ pub struct CheckReport {
     pub extents: u64,
     /// Blocks of file data.
     pub data_blocks: u64,
+    /// Blocks of files that were never written.
+    pub preallocated_blocks: u64,
+    /// Files that begin with inline content.
+    pub inline_files: u64,
     /// Tree nodes.
     pub metadata_blocks: u64,
     /// Blocks that the allocator holds as used and nothing refers to.
@@ -331,12 +335,50 @@ impl Checker<'_> {
                     owner = self.open_owner(*id).await?;
                 }
                 self.check_extent(&mut owner, extent);
-                self.verify(*id, extent).await?;
+                match extent.kind {
+                    Kind::Data => self.verify(*id, extent).await?,
+                    Kind::Preallocated => self.report.preallocated_blocks += extent.len,
+                    Kind::Inline => self.check_inline(&owner).await?,
+                }
             }
             self.step("file data", self.report.data_blocks * BLOCK_SIZE as u64, total);
         }
         self.close_owner(&owner);
+        self.check_kinds();
         Ok(())
+    }
+
+    /// Step 4: what the superblock says of the kinds of extents.
+    fn check_kinds(&mut self) {
+        let (stored, features) = {
+            let meta = self.core.meta.lock();
+            (meta.preallocated, meta.features)
+        };
+        let found = self.report.preallocated_blocks;
+        if stored != found {
+            self.report.problem(format!("{stored} blocks are counted as preallocated, there are {found}"));
+        }
+        for (feature, found, what) in [
+            (superblock::FEATURE_PREALLOCATED, found, "preallocated blocks"),
+            (superblock::FEATURE_INLINE, self.report.inline_files, "inline content"),
+        ] {
+            if found > 0 && features & feature == 0 {
+                self.report.problem(format!("there is {what}, and the superblock lacks its feature flag"));
+            }
+        }
+    }
+
+    /// Step 4: inline content ends inside its file.
+    async fn check_inline(&mut self, owner: &Owner) -> Result<()> {
+        self.report.inline_files += 1;
+        match transact(self.core, self.io, |t| extents::content(t, owner.id)).await {
+            Ok(Some(content)) if content.len() as u64 <= owner.size || owner.unfinished => Ok(()),
+            Ok(_) => {
+                self.report.problem(format!("inode {}: inline content beyond its end", owner.id));
+                Ok(())
+            }
+            Err(error) => self.unreadable("extents", error),
+        }
     }
 
     async fn open_owner(&mut self, id: InodeId) -> Result<Owner> {
@@ -381,15 +423,18 @@ impl Checker<'_> {
         if extent.at < owner.end {
             self.report.problem(format!("inode {id}: two extents at file block {}", extent.at));
         }
-        if !owner.unfinished && extent.end() > FileBlock::at_or_after(owner.size) {
+        let kept = owner.unfinished || extent.kind == Kind::Preallocated;
+        if !kept && extent.end() > FileBlock::at_or_after(owner.size) {
             self.report.problem(format!("inode {id}: an extent at file block {} beyond its end", extent.at));
         }
         owner.end = extent.end();
         owner.extents += 1;
-        owner.blocks += extent.len;
+        owner.blocks += extent.blocks();
         self.report.extents += 1;
-        self.report.data_blocks += extent.len;
-        self.reference(extent.run(), || format!("inode {id}"));
+        if let Some(run) = extent.run() {
+            self.report.data_blocks += if extent.kind == Kind::Data { run.len } else { 0 };
+            self.reference(run, || format!("inode {id}"));
+        }
     }
 
     /// Step 4: reads an extent and verifies its checksums.

@@ -223,6 +223,8 @@ fn freeze(t: &mut Txn<'_>) -> Result<Frozen, Stop> {
     superblock.free_blocks = free_blocks.into();
     superblock.next_inode = t.meta.next_inode.0.into();
     superblock.files = t.meta.files.into();
+    superblock.preallocated_blocks = t.meta.preallocated.into();
+    superblock.incompatible = t.meta.features.into();
     let oldest_epoch = t.meta.oldest_epoch;
     t.open_next_generation();
     Ok(Frozen { generation, nodes, superblock, oldest_epoch })

@@ -8,7 +8,7 @@ use crate::channel::io::Io;
 use crate::channel::operation::{Operation, Output};
 use crate::core::Core;
 use crate::error::Result;
-use crate::{commit, namespace, read, truncate, write};
+use crate::{batch, commit, layout, namespace, preallocate, punch, read, truncate, write};
 
 /// Does `operation`; the buffer comes back whatever happens.
 pub(crate) async fn run(core: &Arc<Core>, io: &Io, operation: Operation) -> (Result<Output>, Option<DmaBuf>) {
@@ -32,6 +32,19 @@ pub(crate) async fn run(core: &Arc<Core>, io: &Io, operation: Operation) -> (Res
 async fn run_without_buffer(core: &Arc<Core>, io: &Io, operation: Operation) -> Result<Output> {
     Ok(match operation {
         Operation::Truncate { file, size } => truncate::truncate(core, io, &file, size).await.map(done)?,
+        Operation::Preallocate { file, offset, len, growth } => {
+            preallocate::preallocate(core, io, &file, offset, len, growth).await.map(done)?
+        }
+        Operation::Zero { file, offset, len, growth } => {
+            preallocate::zero(core, io, &file, offset, len, growth).await.map(done)?
+        }
+        Operation::Punch { file, offset, len } => {
+            punch::punch(core, io, &file, offset, len).await.map(done)?
+        }
+        Operation::WriteBatch { batch } => batch::write(core, io, &batch).await.map(done)?,
+        Operation::Extents { file, offset, len, max } => {
+            Output::Extents(layout::extents(core, io, file.inner(), offset, len, max).await?)
+        }
         Operation::SyncFile { file } => commit::sync_file(core, io, &file).await.map(done)?,
         Operation::Sync => commit::sync(core, io).await.map(done)?,
         Operation::Create { name } => Output::Created(namespace::create(core, io, &name).await?),

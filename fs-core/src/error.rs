@@ -137,6 +137,17 @@ pub enum Error {
         /// Its length.
         len: u64,
     },
+    /// A [`WriteBatch`](crate::WriteBatch) is too large to be written at once. Nothing was done.
+    #[error(
+        "a batch of {bytes} bytes in {blocks} blocks is too large; the limits are {} and {}",
+        crate::WRITE_BATCH_BYTES_MAX, crate::WRITE_BATCH_BLOCKS_MAX
+    )]
+    BatchTooLarge {
+        /// Bytes in the batch.
+        bytes: u64,
+        /// Blocks that they touch.
+        blocks: u64,
+    },
     /// There is no room. Nothing of the call was done.
     #[error("no space: {needed} blocks of {size} bytes needed, {available} available", size = BLOCK_SIZE)]
     NoSpace {

@@ -25,6 +25,11 @@ mod range_lock;
 mod write;
 mod read;
 mod truncate;
+mod inline;
+mod preallocate;
+mod punch;
+mod batch;
+mod layout;
 mod store;
 mod ordered;
 #[allow(
@@ -75,11 +80,15 @@ mod sync;
 #[doc(hidden)]
 pub mod internals;
 
-pub use crate::channel::operation::{Completion, DirEntry, OpenFlags, Operation, Output, Stat, StatFs};
-pub use crate::channel::{Channel, List, OpFuture};
+pub use crate::batch::{WRITE_BATCH_BYTES_MAX, WRITE_BATCH_BLOCKS_MAX, WriteBatch};
+pub use crate::channel::operation::{
+    Completion, DirEntry, ExtentState, FileExtent, Growth, OpenFlags, Operation, Output, Stat, StatFs,
+};
+pub use crate::channel::{Channel, Extents, List, OpFuture};
 pub use crate::check::{CheckProgress, CheckReport};
 pub use crate::error::{Error, Result};
 pub use crate::file::{FILE_SIZE_MAX, File};
+pub use crate::layout::BlockOwner;
 pub use crate::mount::{Filesystem, FormatOptions, Info, MountOptions, format};
 pub use crate::records::NAME_MAX;
 pub use crate::stats::Stats;

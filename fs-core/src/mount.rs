@@ -92,6 +92,10 @@ pub struct Info {
     pub capacity_bytes: u64,
     /// When it was made.
     pub created: SystemTime,
+    /// The longest write that is whole or absent after a crash, in bytes.
+    pub atomic_write_max: u64,
+    /// The largest [`WriteBatch`](crate::WriteBatch), in bytes.
+    pub write_batch_bytes_max: u64,
 }
 
 impl Info {
@@ -228,6 +232,9 @@ fn open_meta(sb: &OnDisk, options: &MountOptions) -> Result<Meta> {
         open: HashMap::new(),
         dirty: Vec::new(),
         reap: Vec::new(),
+        preallocated: sb.preallocated_blocks.get(),
+        preallocating: 0,
+        features: sb.incompatible.get(),
         unpublished: HashSet::new(),
         oldest_epoch: u64::MAX,
         freed_in: HashSet::new(),
@@ -394,6 +401,8 @@ impl Filesystem {
             block_size: sb.block_size.get(),
             capacity_bytes: BlockAddr(core.total_blocks).byte(),
             created: SystemTime::UNIX_EPOCH + Duration::from_nanos(sb.created_ns.get()),
+            atomic_write_max: crate::ATOMIC_WRITE_MAX as u64,
+            write_batch_bytes_max: crate::WRITE_BATCH_BYTES_MAX as u64,
         }
     }
 

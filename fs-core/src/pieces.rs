@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::extent_map::{
     BlockEnd, BlockRange, Entry, ExtentMap, LoadTicket, Mapping, NewExtent, PublishWrite, View,
 };
-use crate::records::extents::Extent;
+use crate::records::extents::{Content, Extent, Kind, Span};
 use crate::types::{BlockAddr, FileBlock};
 
 /// A range of a file that is data, and where it lies.
@@ -36,21 +36,52 @@ impl Piece {
     }
 }
 
-/// The pieces of `[from, to)` in one state of the file; or the first block that is not in memory.
-pub(crate) fn collect(view: &View<'_>, from: FileBlock, to: FileBlock) -> Result<Vec<Piece>, FileBlock> {
-    let mut pieces = Vec::new();
+/// What a range of a file holds. What neither has reads as zeroes.
+#[derive(Debug, Default)]
+pub(crate) struct Pieces {
+    /// Disjoint, in order.
+    pub(crate) data: Vec<Piece>,
+    /// The inline content of block 0, if the range has that.
+    pub(crate) inline: Option<Content>,
+}
+
+/// Why a range cannot be read yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Missing {
+    /// The mapping of this block is not in memory.
+    Block(FileBlock),
+    /// Content lies in the tree: view and tree must be looked at together ([`crate::inline::snapshot`]).
+    Content,
+}
+
+/// The pieces of `[from, to)` in one state of the file; or what is missing. `content` is that of block 0, if it is known.
+pub(crate) fn collect(
+    view: &View<'_>,
+    from: FileBlock,
+    to: FileBlock,
+    content: Option<&Content>,
+) -> Result<Pieces, Missing> {
+    let mut pieces = Pieces::default();
     for entry in view.iter(BlockRange::between(from, BlockEnd(to.0))) {
         match entry.mapping() {
-            Mapping::Unknown => return Err(entry.start()),
+            Mapping::Unknown => return Err(Missing::Block(entry.start())),
             Mapping::Data { addr, checksum } => {
                 let piece = Piece { at: entry.start(), len: entry.len().0, addr, checksum };
-                pieces.push(piece.clip(from, to));
+                pieces.data.push(piece.clip(from, to));
             }
-            // Inline content is reserved in the format; no file has it yet.
-            Mapping::Hole | Mapping::Preallocated { .. } | Mapping::Inline => {}
+            Mapping::Inline => pieces.inline = Some(content.ok_or(Missing::Content)?.clone()),
+            Mapping::Hole | Mapping::Preallocated { .. } => {}
         }
     }
     Ok(pieces)
+}
+
+/// Whether a block of `[from, to)` may be preallocated, as far as the map knows.
+pub(crate) fn may_be_preallocated(map: &ExtentMap, from: FileBlock, to: FileBlock) -> bool {
+    let guard = crate::extent_map::pin();
+    map.view(&guard)
+        .iter(BlockRange::between(from, BlockEnd(to.0)))
+        .any(|entry| matches!(entry.mapping(), Mapping::Unknown | Mapping::Preallocated { .. }))
 }
 
 /// The device address and checksum of `blocks` blocks at `at`, when `entry` maps all of them to data.
@@ -69,16 +100,24 @@ pub(crate) fn single(entry: &Entry, at: FileBlock, blocks: u64) -> Option<(Block
 fn to_map(extents: &[Extent]) -> SmallVec<[NewExtent; 4]> {
     extents
         .iter()
-        .map(|e| NewExtent::new(e.at, e.len, Mapping::Data { addr: e.addr, checksum: e.checksum }))
+        .map(|e| {
+            let mapping = match e.kind {
+                Kind::Data => Mapping::Data { addr: e.addr, checksum: e.checksum },
+                Kind::Preallocated => Mapping::Preallocated { addr: e.addr },
+                Kind::Inline => Mapping::Inline,
+            };
+            NewExtent::new(e.at, e.len, mapping)
+        })
         .collect()
 }
 
 /// What a write shows to readers: new mappings, pinned until the trees have them.
 pub(crate) struct Published(SmallVec<[NewExtent; 4]>);
 
-/// Lets readers see `extents` and, if it grows, the new `size` of the file, at once.
-pub(crate) fn publish(map: &ExtentMap, extents: &[Extent], size: Option<u64>) -> Published {
-    let extents = to_map(extents);
+/// Lets readers see `extents`, `holes` and, if it grows, the new `size` of the file, at once.
+pub(crate) fn publish(map: &ExtentMap, extents: &[Extent], holes: &[Span], size: Option<u64>) -> Published {
+    let mut extents = to_map(extents);
+    extents.extend(holes.iter().map(|(from, to)| NewExtent::new(*from, to.0 - from.0, Mapping::Hole)));
     map.publish(PublishWrite { extents: &extents, size });
     Published(extents)
 }

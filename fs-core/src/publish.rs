@@ -1,10 +1,10 @@
-//! Publication: stored content becomes what readers see and what the next commit has.
+//! Publication: what was prepared becomes what readers see and what the next commit has.
 //!
 //! One transaction for any number of ranges of any number of files, so that a crash sees all of it or nothing. Its steps:
 //!
 //! 1. plan the changes of the trees; nothing stops after that;
-//! 2. for each file, let readers see all its new mappings and its size, in one swap of its view; the mappings are pinned (rule 1:
-//!    no loader and no eviction touches them while the tree still holds the old ones);
+//! 2. for each file, let readers see all its new mappings, holes included, and its size, in one swap of its view; the mappings are
+//!    pinned (rule 1: no loader and no eviction touches them while the tree still holds the old ones);
 //! 3. put extents and checksums into the trees, free what was replaced;
 //! 4. unpin, and finish the ordered extents.
 
@@ -16,25 +16,86 @@ use crate::channel::io::Io;
 use crate::core::Core;
 use crate::error::Result;
 use crate::file::FileInner;
+use crate::ordered::Ordered;
 use crate::pieces;
-use crate::records::extents::{Extent, Replacement};
+use crate::records::extents::{Content, Extent, Replacement, Span};
 use crate::records::{checksums, extents};
 use crate::store::Stored;
 use crate::txn::{Stop, Txn, transact};
+use crate::types::{FileBlock, Run};
 
-/// What changes in one file.
+/// What changes in one file. The ranges of all parts are disjoint.
 pub(crate) struct Change {
     pub(crate) file: Arc<FileInner>,
-    /// Disjoint, in order.
+    /// Written content.
     pub(crate) stored: SmallVec<[Stored; 1]>,
+    /// The new inline content of block 0.
+    pub(crate) inline: Option<Content>,
+    /// Blocks that become the file's without content.
+    pub(crate) promise: Option<Promise>,
+    /// What is dropped.
+    pub(crate) holes: SmallVec<[Span; 1]>,
     /// The file ends at this byte at least.
     pub(crate) size: u64,
 }
 
 impl Change {
+    /// A change of nothing.
+    pub(crate) fn none(file: &Arc<FileInner>) -> Change {
+        Change {
+            file: Arc::clone(file),
+            stored: SmallVec::new(),
+            inline: None,
+            promise: None,
+            holes: SmallVec::new(),
+            size: 0,
+        }
+    }
+
     /// A change of one range.
     pub(crate) fn one(file: &Arc<FileInner>, stored: Stored, size: u64) -> Change {
-        Change { file: Arc::clone(file), stored: SmallVec::from_buf([stored]), size }
+        Change { stored: SmallVec::from_buf([stored]), size, ..Change::none(file) }
+    }
+
+    /// A change of inline content.
+    pub(crate) fn inline(file: &Arc<FileInner>, content: Content, size: u64) -> Change {
+        Change { inline: Some(content), size, ..Change::none(file) }
+    }
+}
+
+/// Blocks that were allocated to be preallocated: their metadata share is kept back from now on. Given back on drop.
+pub(crate) struct Promise {
+    core: Arc<Core>,
+    /// Where in the file each run goes; in order.
+    parts: Vec<(FileBlock, Run)>,
+    ordered: Ordered,
+    /// Blocks that count as about to be preallocated.
+    blocks: u64,
+}
+
+impl Promise {
+    /// Takes over the runs of `parts`, whose blocks were counted in `Meta::preallocating` as they were allocated.
+    pub(crate) fn new(core: &Arc<Core>, parts: Vec<(FileBlock, Run)>) -> Promise {
+        let ordered = Ordered::new(core, parts.iter().map(|(_, run)| *run).collect());
+        let blocks = parts.iter().map(|(_, run)| run.len).sum();
+        Promise { core: Arc::clone(core), parts, ordered, blocks }
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        if self.blocks > 0 {
+            self.core.meta.lock().preallocating -= self.blocks;
+        }
+    }
+}
+
+impl Promise {
+    /// The trees have them.
+    fn finish(mut self) {
+        self.blocks = 0;
+        let none = Ordered::new(&self.core, Default::default());
+        std::mem::replace(&mut self.ordered, none).finish();
     }
 }
 
@@ -59,8 +120,9 @@ pub(crate) async fn publish(core: &Arc<Core>, io: &Io, changes: SmallVec<[Change
         checksums::apply(t, &chunks)
     })
     .await?;
-    for stored in changes.into_iter().flat_map(|change| change.stored) {
-        stored.finish();
+    for change in changes {
+        change.stored.into_iter().for_each(Stored::finish);
+        change.promise.into_iter().for_each(Promise::finish);
     }
     Ok(())
 }
@@ -68,31 +130,49 @@ pub(crate) async fn publish(core: &Arc<Core>, io: &Io, changes: SmallVec<[Change
 /// Step 1.
 fn plan(t: &mut Txn<'_>, change: &Change, chunks: &mut checksums::Plan) -> Result<Plan, Stop> {
     let birth = t.generation();
-    let mut new = SmallVec::new();
-    let mut ranges = SmallVec::<[_; 1]>::new();
+    let mut new = SmallVec::<[Extent; 4]>::new();
+    let mut spans: SmallVec<[Span; 1]> = change.holes.clone();
     for stored in &change.stored {
         new.extend(stored.records(birth));
-        ranges.push((stored.at(), stored.end()));
+        spans.push((stored.at(), stored.end()));
         for (run, sums) in stored.apart() {
             checksums::plan(t, chunks, run, sums)?;
         }
     }
-    let replace = extents::replace(t, change.file.id, &ranges, &new)?;
+    if change.inline.is_some() {
+        new.push(Extent::inline(birth));
+        spans.push((FileBlock(0), FileBlock(1)));
+    }
+    for (at, run) in change.promise.iter().flat_map(|promise| &promise.parts) {
+        new.push(Extent::preallocated(*at, *run, birth));
+        match spans.last_mut() {
+            Some((_, end)) if end == at => *end = at.plus(run.len),
+            _ => spans.push((*at, at.plus(run.len))),
+        }
+    }
+    new.sort_unstable_by_key(|extent| extent.at);
+    spans.sort_unstable();
+    let replace = extents::replace(t, change.file.id, &spans, &new)?;
+    let replace = replace.with_content(change.inline.clone().unwrap_or_default());
     Ok(Plan { new, replace })
 }
 
 /// Steps 2 to 4, but for the checksums in the tree.
 fn apply(t: &mut Txn<'_>, change: &Change, plan: &Plan) -> Result<(), Stop> {
-    let Change { file, stored, size } = change;
+    let Change { file, stored, promise, size, .. } = change;
     for (run, sums) in stored.iter().flat_map(Stored::apart) {
         t.core.checksums.insert(run.start, sums);
     }
     let grown = (*size > file.size()).then_some(*size);
-    let published = pieces::publish(&file.map, &plan.new, grown);
+    let published = pieces::publish(&file.map, &plan.new, &plan.replace.holes, grown);
     plan.replace.apply(t)?;
     published.unpin(&file.map, &t.core.checksums);
     for stored in stored {
         t.published(stored.ordered());
+    }
+    if let Some(promise) = promise {
+        t.published(&promise.ordered);
+        t.meta.preallocating -= promise.blocks;
     }
     t.change_inode(file, |inode| {
         inode.size = inode.size.max(*size);

@@ -17,10 +17,10 @@ use crate::channel::io::{Io, IoHandle};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::FileInner;
-use crate::load;
-use crate::pieces::{self, Piece};
+use crate::pieces::{self, Missing, Piece, Pieces};
 use crate::superblock::checksum32;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation};
+use crate::{inline, load};
 
 /// Bytes that a read through a copy moves at a time.
 const COPY_CHUNK: usize = 1 << 20;
@@ -46,7 +46,7 @@ impl Drop for Hold<'_> {
 
 /// Where a range of a file lies, in one state, and the hold that keeps it there.
 struct Snapshot<'a> {
-    pieces: Vec<Piece>,
+    pieces: Pieces,
     size: u64,
     _hold: Hold<'a>,
 }
@@ -67,12 +67,19 @@ async fn snapshot<'a>(
             let size = view.size();
             let end = offset.saturating_add(len).min(size);
             if end <= offset {
-                return Ok(Snapshot { pieces: Vec::new(), size, _hold: hold });
+                return Ok(Snapshot { pieces: Pieces::default(), size, _hold: hold });
             }
-            match pieces::collect(&view, FileBlock::containing(offset), FileBlock::at_or_after(end)) {
+            match pieces::collect(&view, FileBlock::containing(offset), FileBlock::at_or_after(end), None) {
                 Ok(pieces) => return Ok(Snapshot { pieces, size, _hold: hold }),
                 Err(missing) => missing,
             }
+        };
+        let missing = match missing {
+            Missing::Block(block) => block,
+            Missing::Content => match inline::snapshot(core, io, file, offset, len).await? {
+                Ok((pieces, size)) => return Ok(Snapshot { pieces, size, _hold: hold }),
+                Err(block) => block,
+            },
         };
         drop(hold);
         load::extents(core, io, file, missing).await?;
@@ -157,18 +164,18 @@ enum Part {
     Read(Piece, IoHandle),
 }
 
-/// Steps 2 and 3: fills `buf` with the blocks from `at` on. Blocks that no piece covers read as zeroes.
+/// Steps 2 and 3: fills `buf` with the blocks from `at` on. What no piece covers reads as zeroes.
 async fn fill(
     core: &Arc<Core>,
     io: &Io,
     file: &Arc<FileInner>,
-    pieces: &[Piece],
+    pieces: &Pieces,
     at: FileBlock,
     buf: DmaBuf,
 ) -> (Result<()>, DmaBuf) {
     let mut whole: Option<DmaBuf> = None;
     let mut outcome = Ok(());
-    for part in send_all(core, io, pieces, at, buf) {
+    for part in send_all(core, io, &pieces.data, at, buf) {
         let buf = match part {
             Part::Zero(buf) => buf,
             Part::Read(piece, handle) => {
@@ -192,7 +199,12 @@ async fn fill(
         });
     }
     // `send_all` makes at least one part, and every part gives its buffer back (the device contract).
-    (outcome, whole.expect("a read keeps its buffer"))
+    let mut whole = whole.expect("a read keeps its buffer");
+    if let (Some(content), 0) = (&pieces.inline, at.0) {
+        let there = content.len().min(whole.len());
+        whole[..there].copy_from_slice(&content[..there]);
+    }
+    (outcome, whole)
 }
 
 /// Step 2: cuts the buffer into parts and sends a device request for each piece.

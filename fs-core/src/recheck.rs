@@ -119,7 +119,7 @@ fn written_in(
     for leaf in leaves(TreeKind::Extents) {
         for i in 0..leaf.len() {
             let (inode, extent) = extents::parse(limits, leaf.key(i).to_buf().as_slice(), leaf.value(i))?;
-            if extent.birth != generation {
+            if extent.birth != generation || extent.kind != extents::Kind::Data {
                 continue;
             }
             let sums = match extent.checksum {

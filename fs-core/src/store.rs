@@ -8,23 +8,95 @@ use bdev_adapter::{DmaBuf, Request};
 use smallvec::SmallVec;
 
 use crate::alloc::Stream;
-use crate::channel::io::Io;
+use crate::channel::io::{Io, IoHandle};
 use crate::core::Core;
 use crate::error::{Error, Result};
-use crate::ordered::Ordered;
-use crate::records::extents::Extent;
+use crate::file::FileInner;
+use crate::ordered::{Ordered, Runs};
+use crate::pieces;
+use crate::records::extents::{self, Extent, Kind};
 use crate::superblock::checksum32;
-use crate::txn::{Room, transact};
+use crate::txn::{Room, Stop, Txn, transact};
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation, Run};
 
-/// Allocates `blocks` blocks for file data, as one or several runs.
-pub(crate) async fn allocate(core: &Arc<Core>, io: &Io, blocks: u64, room: Room) -> Result<Ordered> {
-    let runs = transact(core, io, |t| {
-        t.check_room(room)?;
-        t.allocate(Stream::Data, blocks)
+/// Finds blocks for what is to be written to `[at, at + blocks)` of a file, whose range the caller holds. Blocks that were
+/// preallocated there serve themselves, which asks for no space; for the rest blocks are allocated.
+///
+/// To write to them in place is sound: until publication the trees say that they were never written, so a crash shows zeroes,
+/// and so does a reader.
+pub(crate) async fn place(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &FileInner,
+    at: FileBlock,
+    blocks: u64,
+    room: fn(u64) -> Room,
+) -> Result<Ordered> {
+    let end = at.plus(blocks);
+    let (runs, promised) = transact(core, io, |t| {
+        let kept = promised(t, file, at, end)?;
+        let fresh = blocks - kept.iter().map(|extent| extent.len).sum::<u64>();
+        t.check_room(if fresh == 0 { Room::Promised } else { room(fresh) })?;
+        let runs = t.allocate(Stream::Data, fresh)?;
+        if kept.is_empty() {
+            return Ok((runs, Runs::new()));
+        }
+        let gaps = gaps(at, end, &kept);
+        let cut = t.cut(runs, gaps.iter().map(|(_, len)| *len));
+        Ok(weave(&gaps, &cut, &kept))
     })
     .await?;
-    Ok(Ordered::new(core, runs))
+    Ok(Ordered::with_promised(core, runs, promised))
+}
+
+/// The preallocated parts of `[at, end)`.
+fn promised(
+    t: &mut Txn<'_>,
+    file: &FileInner,
+    at: FileBlock,
+    end: FileBlock,
+) -> Result<SmallVec<[Extent; 4]>, Stop> {
+    if t.meta.preallocated == 0 || !pieces::may_be_preallocated(&file.map, at, end) {
+        return Ok(SmallVec::new());
+    }
+    let found = extents::overlapping(t, file.id, at, end, usize::MAX)?;
+    let promised = found.iter().filter(|extent| extent.kind == Kind::Preallocated);
+    Ok(promised.map(|extent| extent.clip(at, end)).collect())
+}
+
+/// What `kept` (in order, inside) leaves of `[at, end)`: first block and length of each gap.
+fn gaps(at: FileBlock, end: FileBlock, kept: &[Extent]) -> SmallVec<[(FileBlock, u64); 4]> {
+    let mut gaps = SmallVec::new();
+    let mut from = at;
+    for (start, next) in kept.iter().map(|e| (e.at, e.end())).chain([(end, end)]) {
+        if from < start {
+            gaps.push((from, start.0 - from.0));
+        }
+        from = next;
+    }
+    gaps
+}
+
+/// The runs of gaps and kept extents in the order of the file; and those of the kept ones.
+fn weave(gaps: &[(FileBlock, u64)], cut: &[(usize, Run)], kept: &[Extent]) -> (Runs, Runs) {
+    let mut fresh = cut.iter().peekable();
+    let mut gaps = gaps.iter().enumerate().peekable();
+    let (mut runs, mut promised) = (Runs::new(), Runs::new());
+    let mut fill = |runs: &mut Runs, before: Option<FileBlock>| {
+        while let Some((index, _)) = gaps.next_if(|(_, (at, _))| before.is_none_or(|before| *at < before)) {
+            while let Some((_, run)) = fresh.next_if(|(gap, _)| *gap == index) {
+                runs.push(*run);
+            }
+        }
+    };
+    for extent in kept {
+        fill(&mut runs, Some(extent.at));
+        let run = Run::new(extent.addr, extent.len);
+        runs.push(run);
+        promised.push(run);
+    }
+    fill(&mut runs, None);
+    (runs, promised)
 }
 
 /// Blocks of a file that are on the device, and that nothing refers to yet.
@@ -50,7 +122,7 @@ impl Stored {
     pub(crate) fn records(&self, birth: Generation) -> impl Iterator<Item = Extent> {
         self.parts().map(move |(at, run, sums)| {
             let checksum = if let [only] = sums { Some(*only) } else { None };
-            Extent { at, len: run.len, addr: run.start, checksum, birth }
+            Extent { at, len: run.len, kind: Kind::Data, addr: run.start, checksum, birth }
         })
     }
 
@@ -87,32 +159,47 @@ pub(crate) async fn store(
     ordered: Ordered,
     buf: DmaBuf,
 ) -> (Result<Stored>, DmaBuf) {
-    let sums = buf.chunks_exact(BLOCK_SIZE).map(checksum32).collect();
-    let (result, buf) = send_all(core, io, ordered.runs(), buf).await;
-    // On failure the ordered extent gives its blocks back on drop.
-    (result.map(|()| Stored { at, ordered, sums }), buf)
+    send(core, io, at, ordered, buf).finish().await
 }
 
-async fn send_all(core: &Arc<Core>, io: &Io, runs: &[Run], mut buf: DmaBuf) -> (Result<()>, DmaBuf) {
-    let mut handles = SmallVec::<[_; 4]>::new();
+/// [`store`] without waiting: what was sent, to be [finished](Sent::finish). So many may be on their way together.
+pub(crate) fn send(core: &Arc<Core>, io: &Io, at: FileBlock, ordered: Ordered, mut buf: DmaBuf) -> Sent {
+    let sums = buf.chunks_exact(BLOCK_SIZE).map(checksum32).collect();
+    let mut handles = SmallVec::new();
     core.stats.wrote_data(buf.len() as u64);
-    for run in runs {
+    for run in ordered.runs() {
         let rest = buf.split_off((run.len as usize) << BLOCK_SHIFT);
         handles.push(io.send(Request::write(core.locate(run.start), buf, 0)));
         buf = rest;
     }
-    let mut outcome = Ok(());
-    let mut whole = None;
-    for handle in handles {
-        let (result, bufs) = handle.await;
-        if let (Err(error), true) = (result, outcome.is_ok()) {
-            outcome = Err(Error::io("writing file data", error));
+    Sent { stored: Stored { at, ordered, sums }, handles, rest: buf }
+}
+
+/// Content that the device is writing.
+pub(crate) struct Sent {
+    stored: Stored,
+    handles: SmallVec<[IoHandle; 4]>,
+    /// What is left of the buffer: nothing.
+    rest: DmaBuf,
+}
+
+impl Sent {
+    /// Waits for the device. On failure the ordered extent gives its blocks back.
+    pub(crate) async fn finish(self) -> (Result<Stored>, DmaBuf) {
+        let mut outcome = Ok(());
+        let mut whole = None;
+        for handle in self.handles {
+            let (result, bufs) = handle.await;
+            if let (Err(error), true) = (result, outcome.is_ok()) {
+                outcome = Err(Error::io("writing file data", error));
+            }
+            if let Some(piece) = bufs.into_one() {
+                whole = Some(join(whole, piece));
+            }
         }
-        if let Some(piece) = bufs.into_one() {
-            whole = Some(join(whole, piece));
-        }
+        let stored = self.stored;
+        (outcome.map(|()| stored), join(whole, self.rest))
     }
-    (outcome, join(whole, buf))
 }
 
 /// Puts a buffer together again that was cut in two.

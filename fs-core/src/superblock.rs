@@ -30,7 +30,11 @@ pub(crate) const KNOWN_COMPATIBLE: u64 = 0;
 /// Features that must be known to write.
 pub(crate) const KNOWN_READ_ONLY_COMPATIBLE: u64 = 0;
 /// Features that must be known to read.
-pub(crate) const KNOWN_INCOMPATIBLE: u64 = 0;
+pub(crate) const KNOWN_INCOMPATIBLE: u64 = FEATURE_PREALLOCATED | FEATURE_INLINE;
+/// Incompatible: there are, or were, extent records of preallocated blocks.
+pub(crate) const FEATURE_PREALLOCATED: u64 = 1;
+/// Incompatible: there are, or were, extent records with inline content.
+pub(crate) const FEATURE_INLINE: u64 = 2;
 /// The smallest device in bytes.
 pub(crate) const MIN_DEVICE_BYTES: u64 = 16 << 20;
 /// Checksum of data blocks: CRC-32C, 4 bytes.
@@ -108,6 +112,8 @@ pub(crate) struct OnDisk {
     pub(crate) log_blocks: U64,
     pub(crate) roots: [RootOnDisk; ROOTS],
     pub(crate) regions: [RegionOnDisk; REGIONS],
+    /// Blocks of files that were never written.
+    pub(crate) preallocated_blocks: U64,
     pub(crate) reserved: [u8; RESERVED],
 }
 
@@ -118,7 +124,8 @@ const OFFSET_LABEL: usize = OFFSET_BLOCK_SIZE + 4 + 1 + 1 + 2;
 const OFFSET_LOG: usize = OFFSET_LABEL + LABEL_MAX;
 const OFFSET_ROOTS: usize = OFFSET_LOG + 16;
 const OFFSET_REGIONS: usize = OFFSET_ROOTS + ROOTS * 32;
-const OFFSET_RESERVED: usize = OFFSET_REGIONS + REGIONS * 32;
+const OFFSET_PREALLOCATED: usize = OFFSET_REGIONS + REGIONS * 32;
+const OFFSET_RESERVED: usize = OFFSET_PREALLOCATED + 8;
 const RESERVED: usize = BLOCK_SIZE - OFFSET_RESERVED;
 const _: () = {
     assert!(size_of::<OnDisk>() == BLOCK_SIZE);
@@ -128,6 +135,7 @@ const _: () = {
     assert!(std::mem::offset_of!(OnDisk, label) == OFFSET_LABEL);
     assert!(std::mem::offset_of!(OnDisk, roots) == OFFSET_ROOTS);
     assert!(std::mem::offset_of!(OnDisk, regions) == OFFSET_REGIONS);
+    assert!(std::mem::offset_of!(OnDisk, preallocated_blocks) == OFFSET_PREALLOCATED);
     assert!(std::mem::offset_of!(OnDisk, reserved) == OFFSET_RESERVED);
 };
 
@@ -280,7 +288,10 @@ impl OnDisk {
         if !identity || self.total_blocks.get() < MIN_DEVICE_BYTES / BLOCK_SIZE as u64 {
             return Err(unsupported("a region table other than one region on one device".into()));
         }
-        if self.free_blocks.get() > self.total_blocks.get() || self.label_len.get() as usize > LABEL_MAX {
+        let counted = [self.free_blocks, self.preallocated_blocks];
+        if counted.iter().any(|blocks| blocks.get() > self.total_blocks.get())
+            || self.label_len.get() as usize > LABEL_MAX
+        {
             return Err(Error::corrupt("superblock counts are out of range"));
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! Truncate, and the slow end of delete.
 //!
 //! Growing changes the size only: what is added is a hole. Shrinking first writes a copy of the last block with zeroes behind
-//! the new end (so that growing again shows zeroes), then, in one transaction, sets the size, lets readers see that block and a
+//! the new end (so that growing again shows zeroes; inline content is cut where it lies), then, in one transaction, sets the size, lets readers see that block and a
 //! hole behind it, and drops extents. When there are too many for one transaction, the file is listed as an orphan with work
 //! left, and the rest goes in steps of [`STEP`] records; a crash in between leaves the entry, and the next mount goes on.
 
@@ -15,13 +15,13 @@ use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_BLOCKS_MAX, FILE_SIZE_MAX, File, FileInner};
 use crate::range_lock::Mode;
-use crate::records::extents::{Extent, Replacement};
+use crate::records::extents::{Content, Extent, Replacement};
 use crate::records::orphans::{self, Work};
 use crate::records::{extents, inodes};
 use crate::store::{self, Stored};
 use crate::txn::{Room, Stop, Txn, transact};
-use crate::types::{BLOCK_SIZE, FileBlock, InodeId};
-use crate::{pieces, read};
+use crate::types::{BLOCK_SIZE, FileBlock, Generation, InodeId};
+use crate::{inline, pieces, read};
 
 /// Extent records dropped in one transaction.
 const STEP: usize = 256;
@@ -48,16 +48,15 @@ pub(crate) async fn truncate_inner(
     if size == old {
         return Ok(());
     }
-    let tail = if size < old { zeroed_tail(core, io, file, size).await? } else { None };
+    let tail = if size < old { zeroed_tail(core, io, file, size).await? } else { Tail::Stays };
     let kept = FileBlock::at_or_after(size);
     let more = transact(core, io, |t| {
         let beyond =
             if size < old { extents::last_beyond(t, file.id, kept, STEP + 1)? } else { Default::default() };
         let more = beyond.len() > STEP;
         let dropped = &beyond[beyond.len().saturating_sub(STEP)..];
-        let new_tail: SmallVec<[Extent; 1]> =
-            tail.iter().flat_map(|tail| tail.records(t.generation())).collect();
-        let plans = plan(t, file.id, kept, dropped, &new_tail)?;
+        let new_tail = tail.records(t.generation());
+        let plans = plan(t, file.id, kept, dropped, &new_tail, tail.content())?;
         if more {
             orphans::touch(t, file.id)?;
         }
@@ -67,13 +66,13 @@ pub(crate) async fn truncate_inner(
         } else {
             file.map.set_size(size);
         }
-        let published = tail.as_ref().map(|tail| (tail, pieces::publish(&file.map, &new_tail, None)));
+        let published = pieces::publish(&file.map, &new_tail, &[], None);
         for plan in &plans {
             plan.apply(t)?;
         }
-        if let Some((tail, published)) = published {
-            published.unpin(&file.map, &core.checksums);
-            t.published(tail.ordered());
+        published.unpin(&file.map, &core.checksums);
+        if let Tail::Stored(stored) = &tail {
+            t.published(stored.ordered());
         }
         pieces::forget_from(&file.map, kept);
         // A file that has lost its name is listed already, for more than this.
@@ -90,8 +89,8 @@ pub(crate) async fn truncate_inner(
         Ok(more)
     })
     .await?;
-    if let Some(tail) = tail {
-        tail.finish();
+    if let Tail::Stored(stored) = tail {
+        stored.finish();
     }
     if more {
         while drop_step(core, io, file.id, Some(file), kept, Work::Truncate).await? {}
@@ -99,13 +98,39 @@ pub(crate) async fn truncate_inner(
     Ok(())
 }
 
-/// Plans to drop `dropped`, records that reach beyond block `kept`, and to let the block before `kept` be `tail`, if there is one.
+/// What becomes of the block that contains the new end.
+enum Tail {
+    /// Nothing.
+    Stays,
+    /// It is written anew.
+    Stored(Stored),
+    /// Its inline content is this.
+    Inline(Content),
+}
+
+impl Tail {
+    fn records(&self, birth: Generation) -> SmallVec<[Extent; 1]> {
+        match self {
+            Tail::Stays => SmallVec::new(),
+            Tail::Stored(stored) => stored.records(birth).collect(),
+            Tail::Inline(_) => smallvec![Extent::inline(birth)],
+        }
+    }
+
+    fn content(&self) -> Content {
+        if let Tail::Inline(content) = self { content.clone() } else { Content::new() }
+    }
+}
+
+/// Plans to drop `dropped`, records that reach beyond block `kept`, and to let the block before `kept` be `tail`, if there is one
+/// (of this inline `content`, if it is of that kind).
 fn plan(
     t: &mut Txn<'_>,
     id: InodeId,
     kept: FileBlock,
     dropped: &[Extent],
     tail: &[Extent],
+    content: Content,
 ) -> Result<SmallVec<[Replacement; 2]>, Stop> {
     let beyond = (kept, FileBlock(FILE_BLOCKS_MAX));
     let Some(at) = tail.first().map(|tail| tail.at) else {
@@ -114,29 +139,36 @@ fn plan(
     let old = extents::overlapping(t, id, at, kept, usize::MAX)?;
     // One record may hold the tail's block and reach beyond it: it must be cut once, not twice.
     if old.last().is_some_and(|old| dropped.first().is_some_and(|first| first.at == old.at)) {
-        return Ok(smallvec![extents::plan(t, id, &[(at, beyond.1)], dropped, tail)?]);
+        return Ok(smallvec![extents::plan(t, id, &[(at, beyond.1)], dropped, tail)?.with_content(content)]);
     }
     Ok(smallvec![
-        extents::plan(t, id, &[(at, kept)], &old, tail)?,
+        extents::plan(t, id, &[(at, kept)], &old, tail)?.with_content(content),
         extents::plan(t, id, &[beyond], dropped, &[])?
     ])
 }
 
 /// The block that contains byte `size` with zeroes from there on, on the device; none if it is zero there already.
-async fn zeroed_tail(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, size: u64) -> Result<Option<Stored>> {
+async fn zeroed_tail(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, size: u64) -> Result<Tail> {
     let keep = (size % BLOCK_SIZE as u64) as usize;
     if keep == 0 {
-        return Ok(None);
+        return Ok(Tail::Stays);
     }
     let block = FileBlock::containing(size);
+    if block.0 == 0
+        && let Some(mut content) = inline::content(core, io, file).await?
+    {
+        let shrinks = content.len() > keep;
+        content.truncate(keep);
+        return Ok(if shrinks { Tail::Inline(content) } else { Tail::Stays });
+    }
     let (result, mut buf) = read::read_blocks(core, io, file, block, io.buffer(BLOCK_SIZE)?).await;
     result?;
     if buf[keep..].iter().all(|byte| *byte == 0) {
-        return Ok(None);
+        return Ok(Tail::Stays);
     }
     buf[keep..].fill(0);
-    let ordered = store::allocate(core, io, 1, Room::Shrink).await?;
-    store::store(core, io, block, ordered, buf).await.0.map(Some)
+    let ordered = store::place(core, io, file, block, 1, |_| Room::Shrink).await?;
+    store::store(core, io, block, ordered, buf).await.0.map(Tail::Stored)
 }
 
 /// Drops up to [`STEP`] records of file `id` from its end down to block `kept`. True when there may be more; when there are none,

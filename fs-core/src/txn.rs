@@ -77,6 +77,10 @@ impl From<SpaceError> for Stop {
 pub(crate) enum Room {
     /// So many data blocks, and the metadata that they need.
     Data(u64),
+    /// So many blocks to preallocate, and the metadata that their first writes may need, to be kept back from now on.
+    Preallocated(u64),
+    /// A first write of preallocated blocks: it needs no data block, and its metadata was kept back for it.
+    Promised,
     /// A few tree nodes.
     Metadata,
     /// One data block that lets many go: it may come from what is kept back for deletes.
@@ -119,6 +123,12 @@ pub(crate) struct Meta {
     pub(crate) dirty: Vec<Arc<FileInner>>,
     /// Deleted files whose content can go.
     pub(crate) reap: Vec<InodeId>,
+    /// Blocks of files that were never written.
+    pub(crate) preallocated: u64,
+    /// Blocks allocated to become such: no tree refers to them yet.
+    pub(crate) preallocating: u64,
+    /// Incompatible features that the next commit notes in the superblock; they only grow.
+    pub(crate) features: u64,
     /// Runs that were allocated and that no tree refers to yet: a commit stores them as free.
     pub(crate) unpublished: HashSet<Run>,
     /// The earliest device epoch in which file data of the open generation was written; `u64::MAX`: there is none.
@@ -144,7 +154,8 @@ impl Meta {
 
     /// Blocks that writes may still take.
     pub(crate) fn user_free(&self) -> u64 {
-        self.alloc.counts().free.saturating_sub(self.reserve())
+        let kept = self.reserve() + promise_share(self.preallocated + self.preallocating);
+        self.alloc.counts().free.saturating_sub(kept)
     }
 
     /// Nodes that committing what is open now may allocate: each record that it stores may copy its leaf and split it, and
@@ -163,6 +174,21 @@ impl Meta {
         let by_memory = (stats.capacity / BLOCK_SIZE / 2) as u64;
         by_space.min(by_memory).max(self.reserve() / 4) as usize
     }
+}
+
+/// Blocks of metadata kept back for the first writes of `preallocated` blocks.
+///
+/// The worst is that each is written alone, in an unlucky order: then each ends in an extent record of its own, 48 bytes of a leaf
+/// (key 16, value 24, slot 8). With checksum chunks (280 bytes for 64 blocks) and inner nodes that is less than 55 bytes a
+/// block. A split leaves two halves of at least 1300 of 4032 bytes, unless it follows an ascending run; that leaves a full node
+/// and one that may be small, but the next split of the full one is of the first kind. So three nodes have one node's bytes at
+/// least, and 16 blocks, 880 bytes, fill a node.
+///
+/// On the way there are never more records of the range than blocks, and every record that is still to come belongs to a
+/// block that is still unwritten, so the share may go down with each first write. What a commit copies is not counted here:
+/// it is bounded by [`Meta::dirty_limit`], and the reserve is for it.
+pub(crate) fn promise_share(preallocated: u64) -> u64 {
+    preallocated.div_ceil(16)
 }
 
 /// A transaction in progress; see the module documentation.
@@ -326,8 +352,9 @@ impl Txn<'_> {
     pub(crate) fn check_room(&mut self, room: Room) -> Result<(), Stop> {
         let (needed, available) = match room {
             Room::Data(blocks) => (blocks + blocks / 64 + 8, self.meta.user_free()),
+            Room::Preallocated(blocks) => (blocks + promise_share(blocks) + 8, self.meta.user_free()),
             Room::Metadata => (16, self.meta.user_free()),
-            Room::Shrink => (8, self.meta.alloc.counts().free),
+            Room::Shrink | Room::Promised => (8, self.meta.alloc.counts().free),
         };
         if needed > available {
             return Err(Stop::Fail(Error::NoSpace { needed, available }));
@@ -336,7 +363,7 @@ impl Txn<'_> {
             return Err(Stop::Commit);
         }
         // What is free may have to be committed first; commits themselves need the reserve.
-        let kept = if matches!(room, Room::Shrink) { 0 } else { self.meta.reserve() / 2 };
+        let kept = if matches!(room, Room::Shrink | Room::Promised) { 0 } else { self.meta.reserve() / 2 };
         if needed + self.meta.commit_need().max(kept) > self.meta.alloc.counts().available_now {
             return Err(self.no_space_now(needed));
         }
@@ -456,10 +483,15 @@ impl Txn<'_> {
 
     /// Allocates `blocks` blocks, as few runs as may be. They count as unpublished until [`published`](Self::published) or given back.
     pub(crate) fn allocate(&mut self, stream: Stream, blocks: u64) -> Result<Runs, Stop> {
+        self.allocate_up_to(stream, blocks, usize::MAX)
+    }
+
+    /// The same, but fewer blocks where they would be more than `max` runs.
+    pub(crate) fn allocate_up_to(&mut self, stream: Stream, blocks: u64, max: usize) -> Result<Runs, Stop> {
         self.check_changeable()?;
         let mut runs = Runs::new();
         let mut left = blocks;
-        while left > 0 {
+        while left > 0 && runs.len() < max {
             match self.meta.alloc.allocate(stream, left, 1, None) {
                 Ok(run) => {
                     left -= run.len;
@@ -485,6 +517,27 @@ impl Txn<'_> {
         }
         self.meta.unpublished.extend(runs.iter().copied());
         Ok(runs)
+    }
+
+    /// Cuts freshly allocated `runs` so that they fill gaps of these lengths (in blocks) one after the other. Yields the runs of
+    /// each gap, with its index.
+    pub(crate) fn cut(&mut self, runs: Runs, gaps: impl Iterator<Item = u64>) -> SmallVec<[(usize, Run); 4]> {
+        let mut cut = SmallVec::new();
+        let mut gaps = gaps.enumerate();
+        let mut gap = gaps.next();
+        for run in runs {
+            let mut rest = run;
+            while let Some((index, wanted)) = gap.filter(|_| rest.len > 0) {
+                let len = wanted.min(rest.len);
+                cut.push((index, Run::new(rest.start, len)));
+                rest = Run::new(rest.start.plus(len), rest.len - len);
+                gap = if len < wanted { Some((index, wanted - len)) } else { gaps.next() };
+            }
+            debug_assert_eq!(rest.len, 0, "more blocks than gaps");
+            self.meta.unpublished.remove(&run);
+        }
+        self.meta.unpublished.extend(cut.iter().map(|(_, run)| *run));
+        cut
     }
 
     /// The trees refer to `runs` now.

@@ -1,7 +1,8 @@
 //! A direct write.
 //!
-//! 1. lock the blocks of the range exclusively;
-//! 2. allocate, as one or several runs ([`store::allocate`]); the blocks are owned by an [`Ordered`] extent from here on;
+//! 1. lock the blocks of the range exclusively. What belongs into the tree is published there, and that is all
+//!    ([`mod@crate::inline`]);
+//! 2. find blocks, as one or several runs ([`store::place`]): those that were preallocated there, else new ones; they are owned by an [`Ordered`] extent from here on;
 //! 3. fill the edges of an unaligned write from what is there ([`with_edges`]), so that whole blocks are written;
 //! 4. checksum the blocks while they are hot and write them ([`store::store`]);
 //! 5. when all of them are on the device: publish the new mapping and size (pinned), put extents and checksums into the trees,
@@ -25,7 +26,7 @@ use crate::file::{FILE_SIZE_MAX, File, FileInner};
 use crate::ordered::Ordered;
 use crate::publish::{Change, publish};
 use crate::range_lock::{Mode, RangeGuard};
-use crate::read;
+use crate::{inline, read};
 use crate::store::{self, join};
 use crate::txn::Room;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock};
@@ -44,7 +45,7 @@ pub(crate) enum At {
 }
 
 /// Step 1: locks the blocks that `len` bytes at `at` touch; returns the byte offset too.
-async fn lock(file: &FileInner, at: At, len: u64) -> Result<(RangeGuard, u64)> {
+pub(crate) async fn lock(file: &FileInner, at: At, len: u64) -> Result<(RangeGuard, u64)> {
     loop {
         let offset = match at {
             At::Offset(offset) => offset,
@@ -85,7 +86,7 @@ pub(crate) async fn write_buf(
         let result = copy_in(core, io, inner, offset, &buf).await;
         return (result.map(|()| offset), buf);
     }
-    let pieces = match allocate_all(core, io, offset, buf.len()).await {
+    let pieces = match allocate_all(core, io, inner, offset, buf.len()).await {
         Ok(pieces) => pieces,
         Err(error) => return (Err(error), buf),
     };
@@ -150,11 +151,18 @@ impl Piece {
 type Pieces<T> = SmallVec<[T; 1]>;
 
 /// Step 2 for all pieces of a write.
-async fn allocate_all(core: &Arc<Core>, io: &Io, offset: u64, len: usize) -> Result<Pieces<Piece>> {
+async fn allocate_all(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &FileInner,
+    offset: u64,
+    len: usize,
+) -> Result<Pieces<Piece>> {
     let mut pieces = Pieces::new();
     for (offset, len) in cut(offset, len) {
         let blocks = blocks_of(offset, len);
-        let ordered = store::allocate(core, io, blocks, Room::Data(blocks)).await?;
+        let at = FileBlock::containing(offset);
+        let ordered = store::place(core, io, file, at, blocks, Room::Data).await?;
         pieces.push(Piece { offset, len, ordered });
     }
     Ok(pieces)
@@ -171,8 +179,12 @@ pub(crate) async fn write_slice(core: &Arc<Core>, io: &Io, file: &File, at: At, 
 
 /// Writes `data` at `offset` of a file whose range is locked.
 async fn copy_in(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, data: &[u8]) -> Result<()> {
+    if let Some(content) = inline::content_after(core, io, file, &[(offset, data)]).await? {
+        let end = offset + data.len() as u64;
+        return publish(core, io, SmallVec::from_buf([Change::inline(file, content, end)])).await;
+    }
     let mut all = Pieces::new();
-    for piece in allocate_all(core, io, offset, data.len()).await? {
+    for piece in allocate_all(core, io, file, offset, data.len()).await? {
         let from = (piece.offset - offset) as usize;
         let buf = with_edges(core, io, file, piece.offset, &data[from..from + piece.len]).await?;
         let (at, end) = (piece.at(), piece.end());

@@ -17,7 +17,7 @@ const LIST_PAGE: usize = 512;
 
 impl Channel {
     /// Runs `work`, which the calling thread waits for.
-    fn blocking<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(super) fn blocking<T>(&self, work: impl Future<Output = Result<T>>) -> Result<T> {
         self.core.check_mounted()?;
         self.block_on(work).map_err(|error| self.core.explain(error))
     }
@@ -267,7 +267,7 @@ impl Channel {
     }
 }
 
-fn done((result, _): Answer) -> Result<()> {
+pub(super) fn done((result, _): Answer) -> Result<()> {
     result.map(|_| ())
 }
 
@@ -278,7 +278,7 @@ fn with_buffer<T>((result, buf): Answer, convert: impl FnOnce(Output) -> Result<
 }
 
 /// An answer of another kind than the operation has: `dispatch` gives none, so this is never seen.
-fn unexpected(output: &Output) -> Error {
+pub(super) fn unexpected(output: &Output) -> Error {
     Error::corrupt(format!("internal: unexpected answer {output:?}"))
 }
 

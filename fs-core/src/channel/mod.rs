@@ -6,6 +6,7 @@
 //! [`future`] and the blocking calls in [`calls`].
 
 mod calls;
+mod space_calls;
 mod engine;
 mod fast_read;
 mod future;
@@ -26,6 +27,7 @@ use bdev_adapter::{DmaBuf, QueuePair};
 use parking_lot::Mutex;
 
 pub use calls::List;
+pub use space_calls::Extents;
 pub use future::OpFuture;
 
 use self::engine::Engine;

@@ -1,9 +1,11 @@
 //! Operations and their answers, as values: the base interface that blocking calls and futures are built on.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use bdev_adapter::DmaBuf;
 
+use crate::batch::WriteBatch;
 use crate::error::Result;
 use crate::file::File;
 use crate::types::InodeId;
@@ -83,6 +85,41 @@ pub struct StatFs {
     pub files: u64,
 }
 
+/// Whether a file grows to the end of a range beyond its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Growth {
+    /// It does.
+    Grow,
+    /// Its size stays; blocks beyond the end are kept for later.
+    Keep,
+}
+
+/// What stands behind a range of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExtentState {
+    /// Written blocks.
+    Data,
+    /// Blocks that are the file's and were never written: they read as zeroes.
+    Preallocated,
+    /// The content lies in the metadata.
+    Inline,
+}
+
+/// A range of a file that something stands behind. What no extent covers is a hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FileExtent {
+    /// First byte in the file.
+    pub offset: u64,
+    /// Length in bytes, whole blocks: the last may reach beyond the end of the file.
+    pub len: u64,
+    /// First byte on the device; `None` for inline content.
+    pub device: Option<u64>,
+    /// What it is.
+    pub state: ExtentState,
+}
+
 /// One operation, with everything that it needs.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -118,6 +155,53 @@ pub enum Operation {
         file: File,
         /// The new size in bytes.
         size: u64,
+    },
+    /// Give the holes of a range blocks; see [`Channel::preallocate`](crate::Channel::preallocate).
+    Preallocate {
+        /// The file.
+        file: File,
+        /// First byte, any.
+        offset: u64,
+        /// Length in bytes, any.
+        len: u64,
+        /// What becomes of the size.
+        growth: Growth,
+    },
+    /// Let a range read as zeroes and keep blocks for it; see [`Channel::zero`](crate::Channel::zero).
+    Zero {
+        /// The file.
+        file: File,
+        /// First byte, any.
+        offset: u64,
+        /// Length in bytes, any.
+        len: u64,
+        /// What becomes of the size.
+        growth: Growth,
+    },
+    /// Let a range read as zeroes and give its blocks back; see [`Channel::punch`](crate::Channel::punch).
+    Punch {
+        /// The file.
+        file: File,
+        /// First byte, any.
+        offset: u64,
+        /// Length in bytes, any.
+        len: u64,
+    },
+    /// Write several ranges of several files, all or nothing. The batch is shared, so that it can be tried again.
+    WriteBatch {
+        /// What.
+        batch: Arc<WriteBatch>,
+    },
+    /// List where a range lies; the answer is [`Output::Extents`].
+    Extents {
+        /// The file.
+        file: File,
+        /// First byte, any.
+        offset: u64,
+        /// Length in bytes, any.
+        len: u64,
+        /// At most so many.
+        max: usize,
     },
     /// Make the file's bytes, size and name durable.
     SyncFile {
@@ -193,6 +277,8 @@ pub enum Output {
     Entries(Vec<DirEntry>),
     /// Space.
     StatFs(StatFs),
+    /// Where a range lies.
+    Extents(Vec<FileExtent>),
 }
 
 /// The answer to a submitted operation.

@@ -1,13 +1,21 @@
 //! The extent tree: (inode, file block) -> where that range of the file lies.
 //!
-//! What no record covers is a hole. A record of one block carries the checksum of its block; checksums of longer extents
-//! are in the [checksum tree](super::checksums). A piece that is cut from a longer extent keeps its checksums there.
+//! What no record covers is a hole. A record is of one of three [kinds](Kind):
+//!
+//! - *data*. A record of one block carries the checksum of its block; checksums of longer extents are in the
+//!   [checksum tree](super::checksums). A piece that is cut from a longer extent keeps its checksums there;
+//! - *preallocated*: blocks that are the file's and were never written. They read as zeroes. Their first write goes to them;
+//! - *inline*: the content of block 0, in the record itself. It takes no block.
+//!
+//! [`Replacement`] is the one way in which records change, so it keeps what hangs on them: the counts of an inode, the
+//! filesystem's count of preallocated blocks, and the feature flags of kinds that older code cannot read.
 
 use smallvec::SmallVec;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::{TreeKind, key_u64, value_of};
+use crate::superblock;
 use crate::txn::{Limits, Stop, Txn};
 use crate::types::{BlockAddr, FileBlock, Generation, InodeId, Run};
 
@@ -25,8 +33,45 @@ struct OnDisk {
 const _: () = assert!(size_of::<OnDisk>() == 24);
 
 const ADDR_BITS: u32 = 48;
-/// Kind: data. (1: preallocated, 2: inline, 3: compressed are reserved.)
-const KIND_DATA: u8 = 0;
+/// Bytes of a record before its inline content.
+const HEADER: usize = size_of::<OnDisk>();
+
+/// Most bytes of inline content. A leaf takes values of up to 1104 bytes, the record's header included; of 1 KiB three stand in
+/// a node of 4 KiB, so that a small file costs a third of a block and no write of its own.
+pub(crate) const INLINE_MAX: usize = 1024;
+
+const _: () = assert!(HEADER + INLINE_MAX <= crate::tree::MAX_VALUE);
+
+/// What stands behind an extent. (3: compressed is reserved.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Kind {
+    /// Written blocks.
+    Data = 0,
+    /// Blocks that were never written.
+    Preallocated = 1,
+    /// The record itself has the content. Only of file block 0.
+    Inline = 2,
+}
+
+impl Kind {
+    fn parse(kind: u8) -> Option<Kind> {
+        [Kind::Data, Kind::Preallocated, Kind::Inline].into_iter().find(|known| *known as u8 == kind)
+    }
+
+    /// The feature flag of a filesystem that has records of this kind.
+    fn feature(self) -> u64 {
+        match self {
+            Kind::Data => 0,
+            Kind::Preallocated => superblock::FEATURE_PREALLOCATED,
+            Kind::Inline => superblock::FEATURE_INLINE,
+        }
+    }
+}
+
+/// Inline content: 1 to [`INLINE_MAX`] bytes, from the first byte of the file on. What follows in block 0 is zero.
+pub(crate) type Content = Vec<u8>;
+
 /// Flag: `checksum` is the checksum of the extent's only block.
 const FLAG_CHECKSUM: u8 = 1;
 
@@ -37,9 +82,10 @@ pub(crate) struct Extent {
     pub(crate) at: FileBlock,
     /// Length in blocks (> 0).
     pub(crate) len: u64,
-    /// First block on the device.
+    pub(crate) kind: Kind,
+    /// First block on the device; 0 if the content is inline.
     pub(crate) addr: BlockAddr,
-    /// The checksum of an extent of one block; `None`: in the checksum tree.
+    /// The checksum of a data extent of one block; `None`: in the checksum tree.
     pub(crate) checksum: Option<u32>,
     /// The generation in which it was written.
     pub(crate) birth: Generation,
@@ -50,8 +96,31 @@ impl Extent {
         self.at.plus(self.len)
     }
 
-    pub(crate) fn run(&self) -> Run {
-        Run::new(self.addr, self.len)
+    /// A range that is promised to `run`.
+    pub(crate) fn preallocated(at: FileBlock, run: Run, birth: Generation) -> Extent {
+        let kind = Kind::Preallocated;
+        Extent { at, len: run.len, kind, addr: run.start, checksum: None, birth }
+    }
+
+    /// Block 0 with its content in the record.
+    pub(crate) fn inline(birth: Generation) -> Extent {
+        let (at, addr, kind) = (FileBlock(0), BlockAddr(0), Kind::Inline);
+        Extent { at, len: 1, kind, addr, checksum: None, birth }
+    }
+
+    /// The device blocks that it takes, if it takes any.
+    pub(crate) fn run(&self) -> Option<Run> {
+        (self.kind != Kind::Inline).then(|| Run::new(self.addr, self.len))
+    }
+
+    /// How many device blocks it takes.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.run().map_or(0, |run| run.len)
+    }
+
+    /// How many of them were never written.
+    fn unwritten(&self) -> u64 {
+        if self.kind == Kind::Preallocated { self.len } else { 0 }
     }
 
     /// The part of the extent inside `[start, end)`, which must overlap it.
@@ -63,7 +132,7 @@ impl Extent {
 
     fn to_disk(self) -> OnDisk {
         let flags = if self.checksum.is_some() { FLAG_CHECKSUM } else { 0 };
-        let place = self.addr.0 | u64::from(KIND_DATA) << ADDR_BITS | u64::from(flags) << (ADDR_BITS + 8);
+        let place = self.addr.0 | u64::from(self.kind as u8) << ADDR_BITS | u64::from(flags) << (ADDR_BITS + 8);
         OnDisk {
             place: place.into(),
             birth: self.birth.0.into(),
@@ -73,15 +142,30 @@ impl Extent {
     }
 
     fn parse(limits: Limits, at: FileBlock, value: &[u8]) -> Result<Extent, Stop> {
-        let disk: OnDisk = value_of(TreeKind::Extents, value)?;
+        let (header, content) = value.split_at_checked(HEADER).unwrap_or((value, &[]));
+        let disk: OnDisk = value_of(TreeKind::Extents, header)?;
         let place = disk.place.get();
         let kind = (place >> ADDR_BITS) as u8;
         let flags = (place >> (ADDR_BITS + 8)) as u8;
         let addr = BlockAddr(place & ((1 << ADDR_BITS) - 1));
         let len = u64::from(disk.len.get());
         let bad = |what: &str| Err(Stop::corrupt(format!("extent at file block {at}: {what}")));
-        if kind != KIND_DATA || flags & !FLAG_CHECKSUM != 0 {
+        let Some(kind) = Kind::parse(kind).filter(|_| flags & !FLAG_CHECKSUM == 0) else {
             return bad(&format!("unknown kind {kind} or flags {flags:#x}"));
+        };
+        let birth = Generation(disk.birth.get());
+        if kind == Kind::Inline {
+            let alone = at.0 == 0 && len == 1 && addr.0 == 0 && flags == 0;
+            if !alone || content.is_empty() || content.len() > INLINE_MAX {
+                return bad(&format!("{} bytes of inline content that cannot be there", content.len()));
+            }
+            return Ok(Extent::inline(birth));
+        }
+        if !content.is_empty() {
+            return bad(&format!("{} bytes too many", content.len()));
+        }
+        if kind != Kind::Data && flags != 0 {
+            return bad("a checksum of blocks that were never written");
         }
         if len == 0 || !limits.contains(Run::new(addr, len)) {
             return bad(&format!("blocks {addr}+{len} are not on the device"));
@@ -89,11 +173,11 @@ impl Extent {
         if flags & FLAG_CHECKSUM != 0 && len != 1 {
             return bad("a checksum in a record of several blocks");
         }
-        if at.0 + len > crate::file::FILE_BLOCKS_MAX {
+        if at.0.checked_add(len).is_none_or(|end| end > crate::file::FILE_BLOCKS_MAX) {
             return bad("it ends beyond the largest file");
         }
         let checksum = (flags & FLAG_CHECKSUM != 0).then(|| disk.checksum.get());
-        Ok(Extent { at, len, addr, checksum, birth: Generation(disk.birth.get()) })
+        Ok(Extent { at, len, kind, addr, checksum, birth })
     }
 }
 
@@ -112,6 +196,13 @@ fn parse_key(key: &[u8]) -> Result<(InodeId, FileBlock), Stop> {
 pub(crate) fn parse(limits: Limits, key: &[u8], value: &[u8]) -> Result<(InodeId, Extent), Stop> {
     let (id, at) = parse_key(key)?;
     Ok((id, Extent::parse(limits, at, value)?))
+}
+
+/// The inline content of `id`, if it has some.
+pub(crate) fn content(t: &mut Txn<'_>, id: InodeId) -> Result<Option<Content>, Stop> {
+    let Some(value) = t.get(TreeKind::Extents, &key(id, FileBlock(0)))? else { return Ok(None) };
+    let extent = Extent::parse(t.limits(), FileBlock(0), &value)?;
+    Ok((extent.kind == Kind::Inline).then(|| value[HEADER..].to_vec()))
 }
 
 /// The extents of `id` that overlap `[start, end)`, whole, in order; at most `max`.
@@ -183,14 +274,20 @@ pub(crate) struct Replacement {
     id: InodeId,
     /// Records to store (new extents and what is left of cut ones).
     put: SmallVec<[Extent; 4]>,
+    /// What the record in `put` of inline content has.
+    content: Content,
     /// Keys to remove.
     remove: SmallVec<[FileBlock; 4]>,
     /// Device blocks that are not referred to any more.
-    pub(crate) freed: SmallVec<[Run; 4]>,
+    freed: SmallVec<[Run; 4]>,
+    /// Where something was and nothing comes; disjoint, in order.
+    pub(crate) holes: SmallVec<[Span; 2]>,
     /// Change of the number of records.
     pub(crate) extents: i64,
-    /// Change of the number of data blocks.
+    /// Change of the number of blocks.
     pub(crate) blocks: i64,
+    /// Change of the number of preallocated blocks.
+    unwritten: i64,
 }
 
 /// A range of a file: its first block and the block behind it.
@@ -225,10 +322,13 @@ pub(crate) fn plan(
     let mut plan = Replacement {
         id,
         put: SmallVec::from_slice(new),
+        content: Content::new(),
         remove: SmallVec::new(),
         freed: SmallVec::new(),
+        holes: SmallVec::new(),
         extents: 0,
         blocks: 0,
+        unwritten: 0,
     };
     for extent in old {
         plan.extents -= 1;
@@ -236,8 +336,7 @@ pub(crate) fn plan(
         let mut kept_from = extent.at;
         for (start, end) in spans[first..].iter().take_while(|(start, _)| *start < extent.end()) {
             let gone = extent.clip(*start, *end);
-            plan.freed.push(gone.run());
-            plan.blocks -= gone.len as i64;
+            plan.drop_from_file(&gone, new);
             if kept_from < gone.at {
                 plan.put.push(extent.clip(kept_from, gone.at));
             }
@@ -252,7 +351,8 @@ pub(crate) fn plan(
         }
     }
     plan.extents += plan.put.len() as i64;
-    plan.blocks += new.iter().map(|n| n.len as i64).sum::<i64>();
+    plan.blocks += new.iter().map(|n| n.blocks() as i64).sum::<i64>();
+    plan.unwritten += new.iter().map(|n| n.unwritten() as i64).sum::<i64>();
     // The paths of the old records and of the first block of each span are in memory, since they were looked up.
     for at in plan.put.iter().map(|e| e.at) {
         let looked_up = old.binary_search_by_key(&at, |e| e.at).is_ok()
@@ -265,6 +365,43 @@ pub(crate) fn plan(
 }
 
 impl Replacement {
+    /// Says what the inline record among the new ones has for content.
+    pub(crate) fn with_content(mut self, content: Content) -> Replacement {
+        self.content = content;
+        self
+    }
+
+    /// Counts `gone`, which `new` takes the place of as far as it reaches. Blocks that stay where they are, under the first write
+    /// of what was preallocated, are not freed.
+    fn drop_from_file(&mut self, gone: &Extent, new: &[Extent]) {
+        self.blocks -= gone.blocks() as i64;
+        self.unwritten -= gone.unwritten() as i64;
+        let mut at = gone.at;
+        let first = new.partition_point(|n| n.end() <= gone.at);
+        for n in new[first..].iter().take_while(|n| n.at < gone.end()) {
+            let both = n.clip(gone.at, gone.end());
+            if at < both.at {
+                self.drop_to_hole(&gone.clip(at, both.at));
+            }
+            let there = gone.clip(both.at, both.end());
+            if both.run() != there.run() {
+                self.freed.extend(there.run());
+            }
+            at = both.end();
+        }
+        if at < gone.end() {
+            self.drop_to_hole(&gone.clip(at, gone.end()));
+        }
+    }
+
+    fn drop_to_hole(&mut self, gone: &Extent) {
+        self.freed.extend(gone.run());
+        match self.holes.last_mut() {
+            Some((_, end)) if *end == gone.at => *end = gone.end(),
+            _ => self.holes.push((gone.at, gone.end())),
+        }
+    }
+
     /// Number of tree values that it changes.
     pub(crate) fn len(&self) -> usize {
         self.put.len() + self.remove.len()
@@ -275,12 +412,22 @@ impl Replacement {
         for at in &self.remove {
             t.remove(TreeKind::Extents, &key(self.id, *at))?;
         }
+        let mut value = SmallVec::<[u8; HEADER]>::new();
         for extent in &self.put {
-            t.put(TreeKind::Extents, &key(self.id, extent.at), extent.to_disk().as_bytes())?;
+            value.clear();
+            value.extend_from_slice(extent.to_disk().as_bytes());
+            if extent.kind == Kind::Inline {
+                debug_assert!((1..=INLINE_MAX).contains(&self.content.len()));
+                value.extend_from_slice(&self.content);
+            }
+            t.put(TreeKind::Extents, &key(self.id, extent.at), &value)?;
+            t.meta.features |= extent.kind.feature();
         }
         for run in &self.freed {
             t.free(*run)?;
         }
+        // A count that cannot be is one of a damaged superblock: `check` reports it.
+        t.meta.preallocated = t.meta.preallocated.saturating_add_signed(self.unwritten);
         Ok(())
     }
 }

@@ -145,8 +145,8 @@ impl Node {
     pub(super) fn split(&mut self, right: &mut Node, entry: &Entry<'_>) -> KeyBuf {
         let old = self.clone();
         let items: Vec<Item<'_>> = old.items_with(entry).collect();
-        let ascending =
-            !entry.replaces && entry.pos > 0 && (entry.pos == old.len() || entry.pos == old.next());
+        // The end of a page alone says nothing: what descends towards a full page lands there each time.
+        let ascending = !entry.replaces && entry.pos > 0 && entry.pos == old.next();
         let first_keyed = old.first_keyed();
         let cut = choose_cut(&items, first_keyed, ascending.then_some(entry.pos));
         let (lower, upper) = items.split_at(cut);
