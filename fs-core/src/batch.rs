@@ -174,6 +174,7 @@ fn spans(batch: &WriteBatch) -> Vec<Joined<'_>> {
 }
 
 /// A span on its way.
+#[allow(clippy::large_enum_variant, reason = "nearly all spans are of the large kind")]
 enum Prepared {
     Inline(Content),
     Sent(Sent),
@@ -225,9 +226,7 @@ impl Ready {
     fn send(self, core: &Arc<Core>, io: &Io, span: &Joined<'_>) -> Prepared {
         match self {
             Ready::Inline(content) => Prepared::Inline(content),
-            Ready::Blocks(buf, ordered) => {
-                Prepared::Sent(store::send(core, io, span.first(), ordered, buf))
-            }
+            Ready::Blocks(buf, ordered) => Prepared::Sent(store::send(core, io, span.first(), ordered, buf)),
         }
     }
 }

@@ -140,7 +140,8 @@ pub enum Error {
     /// A [`WriteBatch`](crate::WriteBatch) is too large to be written at once. Nothing was done.
     #[error(
         "a batch of {bytes} bytes in {blocks} blocks is too large; the limits are {} and {}",
-        crate::WRITE_BATCH_BYTES_MAX, crate::WRITE_BATCH_BLOCKS_MAX
+        crate::WRITE_BATCH_BYTES_MAX,
+        crate::WRITE_BATCH_BLOCKS_MAX
     )]
     BatchTooLarge {
         /// Bytes in the batch.

@@ -80,7 +80,7 @@ mod sync;
 #[doc(hidden)]
 pub mod internals;
 
-pub use crate::batch::{WRITE_BATCH_BYTES_MAX, WRITE_BATCH_BLOCKS_MAX, WriteBatch};
+pub use crate::batch::{WRITE_BATCH_BLOCKS_MAX, WRITE_BATCH_BYTES_MAX, WriteBatch};
 pub use crate::channel::operation::{
     Completion, DirEntry, ExtentState, FileExtent, Growth, OpenFlags, Operation, Output, Stat, StatFs,
 };

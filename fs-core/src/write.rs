@@ -26,10 +26,10 @@ use crate::file::{FILE_SIZE_MAX, File, FileInner};
 use crate::ordered::Ordered;
 use crate::publish::{Change, publish};
 use crate::range_lock::{Mode, RangeGuard};
-use crate::{inline, read};
 use crate::store::{self, join};
 use crate::txn::Room;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock};
+use crate::{inline, read};
 
 /// Largest write in bytes that is whole or absent after a crash.
 pub const ATOMIC_WRITE_MAX: usize = 1 << 20;

@@ -10,7 +10,9 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 
 use bdev_adapter::Device;
 use bdev_adapter::mem::MemDevice;
@@ -18,7 +20,7 @@ use bdev_adapter::wrap::recorder::{
     Change, CrashLog, CrashOptions, CrashState, Event, Points, RecordOptions, Recorder,
 };
 use common::{MIB, TestDevice, Watchdog, check, crashes, difference, fresh, mount, pattern, quiet, seed};
-use fs_core::{Channel, OpenFlags};
+use fs_core::{Channel, Growth, OpenFlags, WriteBatch};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -37,7 +39,8 @@ fn name(rng: &mut SmallRng) -> Vec<u8> {
 /// One change, to the filesystem and to the model.
 fn change(rng: &mut SmallRng, channel: &Channel, files: &mut Files, tag: u64) {
     let (a, b) = (name(rng), name(rng));
-    match rng.random_range(0..10) {
+    match rng.random_range(0..15) {
+        10..15 => space(rng, channel, files, tag),
         0..=5 => {
             let file = channel.open(&a, OpenFlags::CREATE).expect("open");
             let content = files.entry(a).or_default();
@@ -63,6 +66,50 @@ fn change(rng: &mut SmallRng, channel: &Channel, files: &mut Files, tag: u64) {
             files.remove(&a);
         }
         _ => {}
+    }
+}
+
+/// A change of the space behind a file, a small write, or several files at once.
+fn space(rng: &mut SmallRng, channel: &Channel, files: &mut Files, tag: u64) {
+    let name = name(rng);
+    let file = channel.open(&name, OpenFlags::CREATE).expect("open");
+    let content = files.entry(name.clone()).or_default();
+    let (offset, len) = (rng.random_range(0..200_000usize), rng.random_range(1..100_000usize));
+    let (at, n) = (offset as u64, len as u64);
+    let zero = |content: &mut Vec<u8>| {
+        let end = (offset + len).min(content.len());
+        content[offset.min(end)..end].fill(0);
+    };
+    match rng.random_range(0..5) {
+        0 => {
+            channel.preallocate(&file, at, n, Growth::Grow).expect("preallocate");
+            content.resize(content.len().max(offset + len), 0);
+        }
+        1 => {
+            channel.zero(&file, at, n, Growth::Keep).expect("zero");
+            zero(content);
+        }
+        2 => {
+            channel.punch(&file, at, n).expect("punch");
+            zero(content);
+        }
+        3 => {
+            let data = pattern(tag, rng.random_range(1..1100));
+            channel.truncate(&file, 0).expect("truncate");
+            channel.write(&file, 0, &data).expect("write");
+            *content = data;
+        }
+        _ => {
+            let mut batch = WriteBatch::new();
+            let data = pattern(tag, rng.random_range(1..20_000));
+            for name in [name, self::name(rng)] {
+                batch.write(&channel.open(&name, OpenFlags::CREATE).expect("open"), at, &data);
+                let content = files.entry(name).or_default();
+                content.resize(content.len().max(offset + data.len()), 0);
+                content[offset..offset + data.len()].copy_from_slice(&data);
+            }
+            channel.write_batch(&batch).expect("batch");
+        }
     }
 }
 
@@ -226,4 +273,83 @@ fn every_crash_state_is_that_of_a_sync() {
         tried.newer,
     );
     assert!(tried.torn > 0 && tried.newer > 0 && tried.between > 0, "the test has lost its teeth: {tried:?}");
+}
+
+/// Drives both futures, in random turns, until both are done.
+fn both(rng: &mut SmallRng, a: impl Future<Output = ()>, b: impl Future<Output = ()>) {
+    let (mut a, mut b) = (pin!(a), pin!(b));
+    let (mut a_done, mut b_done) = (false, false);
+    let mut cx = Context::from_waker(Waker::noop());
+    while !(a_done && b_done) {
+        if rng.random() {
+            a_done = a_done || a.as_mut().poll(&mut cx) == Poll::Ready(());
+        } else {
+            b_done = b_done || b.as_mut().poll(&mut cx) == Poll::Ready(());
+        }
+    }
+}
+
+/// Batches over several files, with commits under way at the same time: after every crash all files are those of one batch, not
+/// older than what was synced. The files begin inline, grow out of it, and lie on preallocated blocks in part.
+#[test]
+fn a_batch_is_whole_or_absent() {
+    let seed = seed("a_batch_is_whole_or_absent");
+    let _watchdog = Watchdog::start("a_batch_is_whole_or_absent", seed, 300);
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let inner = TestDevice::in_blocks(16 * MIB, 512);
+    let recorder = Recorder::around(inner.device.clone(), RecordOptions::default()).expect("a recorder");
+    let device: Arc<dyn Device> = recorder.clone();
+    let fs = fresh(&device, &quiet());
+    let channel = fs.channel().expect("channel");
+    let files = ["a", "b", "c", "d"].map(|name| channel.open(name, OpenFlags::CREATE).expect("open"));
+    channel.preallocate(&files[3], 4096, 100_000, Growth::Keep).expect("preallocate");
+    channel.sync().expect("sync");
+    // Of each batch: its length. From which point on which batch is synced.
+    let (mut batches, mut synced) = (vec![0], vec![(recorder.point(), 0)]);
+    for tag in 1..50u64 {
+        let len = rng.random_range(1..if tag < 10 { 1200 } else { 40_000 });
+        let mut batch = WriteBatch::new();
+        for file in &files {
+            batch.write(file, 0, &pattern(tag, len));
+        }
+        let acknowledged = batches.len() - 1;
+        batches.push(len);
+        let write = async { channel.write_batch_async(&Arc::new(batch)).await.expect("batch") };
+        let sync = async { channel.sync_async().await.expect("sync") };
+        both(&mut rng, write, sync);
+        synced.push((recorder.point(), acknowledged));
+    }
+    drop((files, channel));
+    fs.abandon();
+    // What a file is after batch `last`: the longest so far, each written over from its beginning.
+    let after = |last: usize| {
+        let mut content: Vec<u8> = Vec::new();
+        for (tag, len) in batches.iter().enumerate().take(last + 1) {
+            content.resize(content.len().max(*len), 0);
+            content[..*len].copy_from_slice(&pattern(tag as u64, *len));
+        }
+        content
+    };
+    let contents: Vec<Vec<u8>> = (0..batches.len()).map(after).collect();
+    let (mut states, mut newer) = (0, 0);
+    let log = recorder.log();
+    for state in log.crash_states(rng.random(), CrashOptions { points: Points::Sampled(4), subsets: 2 }) {
+        let Some((_, least)) = synced.iter().rev().find(|(point, _)| *point <= state.point) else { continue };
+        let device: Arc<dyn Device> = MemDevice::from_image(&state.image).expect("a device");
+        let fs = mount(&device, &quiet());
+        let channel = fs.channel().expect("channel");
+        let found = read_all(&channel);
+        let which = contents.iter().rposition(|content| found.values().all(|found| found == content));
+        let sizes: Vec<usize> = found.values().map(Vec::len).collect();
+        let what = format!("seed {seed}, crash at event {}: sizes {sizes:?}", state.point);
+        let which = which.unwrap_or_else(|| panic!("{what}: the files are of different batches"));
+        assert!(which >= *least, "{what}: batch {which}, although {least} was synced");
+        check(&fs, &channel);
+        states += 1;
+        newer += usize::from(which > *least);
+    }
+    println!(
+        "{states} crash states, {newer} with a batch newer than the last that was surely synced; seed {seed}"
+    );
+    assert!(states > 100 && newer > 10, "the test has lost its teeth: {states} states, {newer} newer");
 }

@@ -188,6 +188,10 @@ impl Run {
         self.reference.check_statfs(&statfs);
         let wanted = match op {
             Op::Write { len, .. } | Op::Append { len, .. } => (*len as u64).div_ceil(BLOCK) + 1,
+            Op::Preallocate { len, .. } | Op::Zero { len, .. } => 2 * len.div_ceil(BLOCK) + 1,
+            Op::Batch { writes } => {
+                writes.iter().map(|(_, _, len, _)| (*len as u64).div_ceil(BLOCK) + 1).sum()
+            }
             _ => 1,
         };
         let most = (wanted + wanted / 32) * BLOCK + MIB / 2;

@@ -27,8 +27,8 @@ use bdev_adapter::{DmaBuf, QueuePair};
 use parking_lot::Mutex;
 
 pub use calls::List;
-pub use space_calls::Extents;
 pub use future::OpFuture;
+pub use space_calls::Extents;
 
 use self::engine::Engine;
 use self::fast_read::FastReads;

@@ -132,7 +132,8 @@ impl Extent {
 
     fn to_disk(self) -> OnDisk {
         let flags = if self.checksum.is_some() { FLAG_CHECKSUM } else { 0 };
-        let place = self.addr.0 | u64::from(self.kind as u8) << ADDR_BITS | u64::from(flags) << (ADDR_BITS + 8);
+        let place =
+            self.addr.0 | u64::from(self.kind as u8) << ADDR_BITS | u64::from(flags) << (ADDR_BITS + 8);
         OnDisk {
             place: place.into(),
             birth: self.birth.0.into(),
@@ -449,4 +450,77 @@ pub(crate) fn scan_all(
         }
     })?;
     bad.map_or(Ok(()), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: u64 = 1 << 20;
+
+    fn value(kind: u8, flags: u8, addr: u64, len: u32, checksum: u32, content: &[u8]) -> Vec<u8> {
+        let place = addr | u64::from(kind) << ADDR_BITS | u64::from(flags) << (ADDR_BITS + 8);
+        let disk =
+            OnDisk { place: place.into(), birth: 7.into(), len: len.into(), checksum: checksum.into() };
+        [disk.as_bytes(), content].concat()
+    }
+
+    fn read(at: u64, value: &[u8]) -> Result<Extent, Stop> {
+        Extent::parse(Limits::new(LIMITS), FileBlock(at), value)
+    }
+
+    #[test]
+    fn records_are_read_as_they_were_written() {
+        let birth = Generation(7);
+        let run = Run::new(BlockAddr(100), 9);
+        let extents = [
+            Extent {
+                checksum: Some(5),
+                len: 1,
+                kind: Kind::Data,
+                ..Extent::preallocated(FileBlock(3), run, birth)
+            },
+            Extent { kind: Kind::Data, ..Extent::preallocated(FileBlock(3), run, birth) },
+            Extent::preallocated(FileBlock(3), run, birth),
+        ];
+        for extent in extents {
+            assert_eq!(read(3, extent.to_disk().as_bytes()).expect("a record"), extent);
+        }
+        let inline = Extent::inline(birth);
+        let bytes = [inline.to_disk().as_bytes(), &[1; INLINE_MAX]].concat();
+        assert_eq!(read(0, &bytes).expect("a record"), inline);
+        assert_eq!((inline.run(), inline.blocks()), (None, 0));
+    }
+
+    #[test]
+    fn records_that_cannot_be_are_errors() {
+        let none: &[u8] = &[];
+        let bad = [
+            ("kind 3", 0, value(3, 0, 5, 1, 0, none)),
+            ("kind 255", 0, value(255, 0, 5, 1, 0, none)),
+            ("flag 2", 0, value(0, 2, 5, 1, 0, none)),
+            ("no length", 0, value(0, 0, 5, 0, 0, none)),
+            ("beyond the device", 0, value(1, 0, LIMITS, 1, 0, none)),
+            ("over its end", 0, value(1, 0, LIMITS - 1, 2, 0, none)),
+            ("a checksum of two blocks", 0, value(0, 1, 5, 2, 9, none)),
+            ("a checksum of a preallocated block", 0, value(1, 1, 5, 1, 9, none)),
+            ("data with content", 0, value(0, 0, 5, 1, 0, b"x")),
+            ("preallocated with content", 0, value(1, 0, 5, 1, 0, b"x")),
+            ("inline without content", 0, value(2, 0, 0, 1, 0, none)),
+            ("too much inline content", 0, value(2, 0, 0, 1, 0, &[1; INLINE_MAX + 1])),
+            ("inline with an address", 0, value(2, 0, 5, 1, 0, b"x")),
+            ("inline over two blocks", 0, value(2, 0, 0, 2, 0, b"x")),
+            ("inline with a checksum", 0, value(2, 1, 0, 1, 9, b"x")),
+            ("inline elsewhere", 1, value(2, 0, 0, 1, 0, b"x")),
+            ("beyond the largest file", crate::file::FILE_BLOCKS_MAX, value(0, 0, 5, 1, 0, none)),
+            ("far beyond it", u64::MAX, value(0, 0, 5, 2, 0, none)),
+            ("short", 0, value(0, 0, 5, 1, 0, none)[..23].to_vec()),
+            ("empty", 0, Vec::new()),
+        ];
+        for (what, at, value) in bad {
+            let stop = read(at, &value).expect_err(what);
+            assert!(matches!(stop, Stop::Fail(crate::Error::Corrupt { .. })), "{what}: {stop:?}");
+        }
+        assert!(read(0, &value(2, 0, 0, 1, 0, b"x")).is_ok());
+    }
 }

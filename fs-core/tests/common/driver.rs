@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bdev_adapter::DmaBuf;
-use fs_core::{Channel, Completion, Error, File, Filesystem, Operation, Output};
+use fs_core::{Channel, Completion, Error, File, Filesystem, Operation, Output, WriteBatch};
 use rand::Rng;
 use rand::rngs::SmallRng;
 
@@ -72,6 +73,14 @@ impl Driver {
         buf
     }
 
+    fn batch(&self, writes: &[(Handle, u64, usize, u64)]) -> WriteBatch {
+        let mut batch = WriteBatch::new();
+        for (handle, offset, len, tag) in writes {
+            batch.write(&self.handles[handle], *offset, &pattern(*tag, *len));
+        }
+        batch
+    }
+
     // ---- blocking
 
     /// Does `op`, waiting for it.
@@ -125,6 +134,14 @@ impl Driver {
                 channel.append(file(handle), &pattern(*tag, *len)).map(Answer::Offset)
             }
             Op::Truncate { handle, size } => channel.truncate(file(handle), *size).map(done),
+            Op::Preallocate { handle, offset, len, growth } => {
+                channel.preallocate(file(handle), *offset, *len, *growth).map(done)
+            }
+            Op::Zero { handle, offset, len, growth } => {
+                channel.zero(file(handle), *offset, *len, *growth).map(done)
+            }
+            Op::Punch { handle, offset, len } => channel.punch(file(handle), *offset, *len).map(done),
+            Op::Batch { writes } => channel.write_batch(&self.batch(writes)).map(done),
             Op::SyncFile { handle } => channel.sync_file(file(handle)).map(done),
             Op::Sync => channel.sync().map(done),
             Op::StatFs => channel.statfs().map(Answer::StatFs),
@@ -209,6 +226,14 @@ impl Driver {
                 })
             }
             Op::Truncate { handle, size } => done!(channel.truncate_async(file(handle), *size)),
+            Op::Preallocate { handle, offset, len, growth } => {
+                done!(channel.preallocate_async(file(handle), *offset, *len, *growth))
+            }
+            Op::Zero { handle, offset, len, growth } => {
+                done!(channel.zero_async(file(handle), *offset, *len, *growth))
+            }
+            Op::Punch { handle, offset, len } => done!(channel.punch_async(file(handle), *offset, *len)),
+            Op::Batch { writes } => done!(channel.write_batch_async(&Arc::new(self.batch(writes)))),
             Op::SyncFile { handle } => done!(channel.sync_file_async(file(handle))),
             Op::Sync => done!(channel.sync_async()),
             Op::StatFile { .. } | Op::StatFs | Op::ListAll { .. } => unreachable!("{op:?} has no future"),
@@ -263,6 +288,14 @@ impl Driver {
                 Operation::Append { file: file(&handle), buf: self.buffer(len, Some(tag)) }
             }
             Op::Truncate { handle, size } => Operation::Truncate { file: file(&handle), size },
+            Op::Preallocate { handle, offset, len, growth } => {
+                Operation::Preallocate { file: file(&handle), offset, len, growth }
+            }
+            Op::Zero { handle, offset, len, growth } => {
+                Operation::Zero { file: file(&handle), offset, len, growth }
+            }
+            Op::Punch { handle, offset, len } => Operation::Punch { file: file(&handle), offset, len },
+            Op::Batch { writes } => Operation::WriteBatch { batch: Arc::new(self.batch(&writes)) },
             Op::SyncFile { handle } => Operation::SyncFile { file: file(&handle) },
             Op::Sync => Operation::Sync,
             Op::StatFs => Operation::StatFs,

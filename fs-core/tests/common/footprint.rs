@@ -103,6 +103,12 @@ impl Footprint {
                 let range = *offset..offset.saturating_add(*len as u64);
                 self.files.entry(id).or_default().claim(range, true, size)
             }
+            Op::Batch { writes } => {
+                let files: HashSet<u64> =
+                    writes.iter().map(|(handle, ..)| reference.handles[handle].file).collect();
+                let free = |id| self.files.get(id).is_none_or(|file| !file.any);
+                files.iter().all(free) && files.iter().all(|id| self.alone(Some(id)))
+            }
             Op::SyncFile { handle } => {
                 let id = reference.handles[handle].file;
                 self.files.entry(id).or_default().claim(0..0, false, u64::MAX)
@@ -110,6 +116,9 @@ impl Footprint {
             Op::Close { handle }
             | Op::StatFile { handle }
             | Op::Append { handle, .. }
+            | Op::Preallocate { handle, .. }
+            | Op::Zero { handle, .. }
+            | Op::Punch { handle, .. }
             | Op::Truncate { handle, .. } => self.alone(Some(&reference.handles[handle].file)),
             _ => true,
         };

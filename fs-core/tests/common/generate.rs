@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use fs_core::{FILE_SIZE_MAX, OpenFlags};
+use fs_core::{FILE_SIZE_MAX, Growth, OpenFlags};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -233,7 +233,7 @@ impl Generator {
     fn file_op(&mut self, reference: &Reference, handle: Handle) -> Op {
         let size = reference.file(handle).content.size;
         let slice = self.rng.random();
-        match self.rng.random_range(0..100) {
+        match self.rng.random_range(0..105) {
             0..45 => {
                 let beyond = if self.one_in(8) { 2 * BLOCK } else { 1 };
                 let offset = self.position(0..size + beyond);
@@ -255,6 +255,7 @@ impl Generator {
             80..90 if size < self.shape.file_bytes => {
                 Op::Append { handle, len: self.length(), tag: self.fresh() }
             }
+            90..95 => self.space_op(reference, handle, size),
             _ => {
                 let far = if self.one_in(self.shape.sparse_one_in) {
                     1 << self.rng.random_range(20..50)
@@ -262,6 +263,30 @@ impl Generator {
                     (size + 2 * BLOCK).min(self.shape.file_bytes)
                 };
                 Op::Truncate { handle, size: self.position(0..far) }
+            }
+        }
+    }
+
+    /// Something about the space behind a file, or several writes at once.
+    fn space_op(&mut self, reference: &Reference, handle: Handle, size: u64) -> Op {
+        let far = (size + 4 * BLOCK).min(self.shape.file_bytes);
+        let (mut offset, len) = (self.position(0..far), self.length() as u64);
+        if self.one_in(self.shape.sparse_one_in) {
+            let far = 1 << self.rng.random_range(20..46);
+            offset = self.position(0..far);
+        }
+        let growth = if self.rng.random() { Growth::Grow } else { Growth::Keep };
+        match self.rng.random_range(0..8) {
+            0 | 1 => Op::Preallocate { handle, offset, len, growth },
+            2 | 3 => Op::Zero { handle, offset, len, growth },
+            4 | 5 => Op::Punch { handle, offset, len },
+            _ => {
+                let writes = (0..self.rng.random_range(0..6)).filter_map(|_| {
+                    let handle = self.handle(reference)?;
+                    let offset = self.position(0..far);
+                    Some((handle, offset, self.length().min(300_000), self.fresh()))
+                });
+                Op::Batch { writes: writes.collect() }
             }
         }
     }
@@ -290,7 +315,7 @@ impl Generator {
                 let any = self.rng.random_range(0..=most);
                 if self.rng.random() { any - any % block } else { any }
             }
-            0 => [0, 1, 511, 512, block - 1, block + 1][self.rng.random_range(0..6)],
+            0 => [0, 1, 511, 512, 1023, 1024, 1025, block - 1, block + 1][self.rng.random_range(0..9)],
             1..4 => self.rng.random_range(1..3 * block),
             4..10 => block,
             10..17 => block * self.rng.random_range(1..=8),

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use fs_core::{Error, File, OpenFlags, Stat, StatFs};
+use fs_core::{Error, File, Growth, OpenFlags, Stat, StatFs};
 
 /// A handle of the model; the driver has the [`File`] that it stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -69,6 +69,27 @@ pub(crate) enum Op {
         handle: Handle,
         size: u64,
     },
+    Preallocate {
+        handle: Handle,
+        offset: u64,
+        len: u64,
+        growth: Growth,
+    },
+    Zero {
+        handle: Handle,
+        offset: u64,
+        len: u64,
+        growth: Growth,
+    },
+    Punch {
+        handle: Handle,
+        offset: u64,
+        len: u64,
+    },
+    /// Writes (handle, offset, length, tag) that are done as one.
+    Batch {
+        writes: Vec<(Handle, u64, usize, u64)>,
+    },
     SyncFile {
         handle: Handle,
     },
@@ -91,6 +112,9 @@ impl Op {
             | Op::Write { handle, .. }
             | Op::Append { handle, .. }
             | Op::Truncate { handle, .. }
+            | Op::Preallocate { handle, .. }
+            | Op::Zero { handle, .. }
+            | Op::Punch { handle, .. }
             | Op::SyncFile { handle } => Some(*handle),
             _ => None,
         }
@@ -123,6 +147,14 @@ impl fmt::Debug for Op {
             }
             Op::Append { handle, len, tag } => write!(f, "append h{} {len} tag={tag}", handle.0),
             Op::Truncate { handle, size } => write!(f, "truncate h{} to {size}", handle.0),
+            Op::Preallocate { handle, offset, len, growth } => {
+                write!(f, "preallocate h{} {offset}+{len} {growth:?}", handle.0)
+            }
+            Op::Zero { handle, offset, len, growth } => {
+                write!(f, "zero h{} {offset}+{len} {growth:?}", handle.0)
+            }
+            Op::Punch { handle, offset, len } => write!(f, "punch h{} {offset}+{len}", handle.0),
+            Op::Batch { writes } => write!(f, "batch {writes:?}"),
             Op::SyncFile { handle } => write!(f, "sync h{}", handle.0),
             Op::Sync => write!(f, "sync"),
             Op::StatFs => write!(f, "statfs"),

@@ -2,12 +2,13 @@
 //! size, handles keep files that have lost their names.
 //!
 //! [`Reference::settle`] compares the outcome of an operation with what the model says and then does the operation in
-//! the model. It knows nothing of the filesystem's internals but two facts that users may rely on: a block that was
-//! written takes space until it is cut off, and an operation that had no space has changed nothing.
+//! the model. It knows nothing of the filesystem's internals but three facts that users may rely on: a block that was
+//! written or preallocated takes space until it is cut off or punched; the first block of a file may take none, while it
+//! has a KiB at most; and an operation that had no space has changed nothing.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
-use fs_core::{Channel, FILE_SIZE_MAX, File, NAME_MAX, OpenFlags, Stat, StatFs};
+use fs_core::{Channel, FILE_SIZE_MAX, File, Growth, NAME_MAX, OpenFlags, Stat, StatFs};
 
 use super::op::{Answer, Handle, Kind, Op, Outcome, kind};
 use super::{BLOCK, check_statfs, difference, pattern};
@@ -20,6 +21,8 @@ pub(crate) struct Content {
     pub(crate) size: u64,
     /// Blocks that were written, by number. What is missing is a hole.
     pub(crate) pages: BTreeMap<u64, Page>,
+    /// Blocks that were preallocated and not written since.
+    pub(crate) promised: BTreeSet<u64>,
 }
 
 impl Content {
@@ -48,6 +51,7 @@ impl Content {
         for number in offset / BLOCK..end.div_ceil(BLOCK) {
             let start = number * BLOCK;
             let (from, to) = (start.max(offset), (start + BLOCK).min(end));
+            self.promised.remove(&number);
             let page = self.pages.entry(number).or_insert_with(|| Box::new([0; BLOCK as usize]));
             page[(from - start) as usize..(to - start) as usize]
                 .copy_from_slice(&data[(from - offset) as usize..(to - offset) as usize]);
@@ -58,10 +62,48 @@ impl Content {
     /// Sets the size.
     pub(crate) fn truncate(&mut self, size: u64) {
         self.pages.split_off(&size.div_ceil(BLOCK));
+        if size < self.size {
+            self.promised.split_off(&size.div_ceil(BLOCK));
+        }
         if let (Some(page), true) = (self.pages.get_mut(&(size / BLOCK)), size < self.size) {
             page[(size % BLOCK) as usize..].fill(0);
         }
         self.size = size;
+    }
+
+    /// Gives what has no block in `len` bytes at `offset` one.
+    pub(crate) fn preallocate(&mut self, offset: u64, len: u64, growth: Growth) {
+        if len == 0 {
+            return;
+        }
+        let blocks = offset / BLOCK..(offset + len).div_ceil(BLOCK);
+        self.promised.extend(blocks.filter(|block| !self.pages.contains_key(block)));
+        if growth == Growth::Grow {
+            self.size = self.size.max(offset + len);
+        }
+    }
+
+    /// Lets `len` bytes at `offset` read as zeroes, and drops the blocks that lie in them as a whole; what is behind the end
+    /// lies in them.
+    pub(crate) fn punch(&mut self, offset: u64, len: u64) {
+        let end = offset.saturating_add(len).min(FILE_SIZE_MAX);
+        if offset >= end {
+            return;
+        }
+        let to = if end >= self.size { end.div_ceil(BLOCK) } else { end / BLOCK };
+        let whole = offset.div_ceil(BLOCK)..to;
+        self.pages.retain(|number, _| !whole.contains(number));
+        self.promised.retain(|number| !whole.contains(number));
+        for (number, page) in self.pages.range_mut(offset / BLOCK..end.div_ceil(BLOCK)) {
+            let start = number * BLOCK;
+            let (from, to) = (start.max(offset), (start + BLOCK).min(end));
+            page[(from - start) as usize..(to - start) as usize].fill(0);
+        }
+    }
+
+    /// Whether block 0 may lie in the metadata.
+    fn first_may_be_inline(&self) -> bool {
+        self.pages.get(&0).is_some_and(|page| page[1024..].iter().all(|byte| *byte == 0))
     }
 
     /// Runs of written blocks: first block and number.
@@ -126,7 +168,8 @@ impl Reference {
 
     /// Blocks that all files take.
     pub(crate) fn blocks(&self) -> u64 {
-        self.files.values().map(|file| file.content.pages.len() as u64).sum()
+        let blocks = |content: &Content| content.pages.len() - content.first_may_be_inline() as usize;
+        self.files.values().map(|file| (blocks(&file.content) + file.content.promised.len()) as u64).sum()
     }
 
     /// Everything is closed, as by an unmount; what has no name is gone.
@@ -179,6 +222,15 @@ impl Reference {
                 self.write_error(*handle, self.file(*handle).content.size, *len as u64)
             }
             Op::Truncate { handle, size } => self.write_error(*handle, 0, *size),
+            Op::Preallocate { handle, offset, len, .. } | Op::Zero { handle, offset, len, .. } => {
+                self.write_error(*handle, *offset, *len).filter(|error| *len > 0 || *error == Kind::ReadOnly)
+            }
+            Op::Punch { handle, .. } => self.write_error(*handle, 0, 0),
+            Op::Batch { writes } => writes
+                .iter()
+                .filter(|(_, _, len, _)| *len > 0)
+                .filter_map(|(handle, offset, len, _)| self.write_error(*handle, *offset, *len as u64))
+                .max_by_key(|kind| *kind == Kind::ReadOnly),
             _ => None,
         };
         errors.extend(error);
@@ -203,7 +255,11 @@ impl Reference {
             | Op::Rename { .. }
             | Op::Write { .. }
             | Op::Append { .. }
+            | Op::Preallocate { .. }
+            | Op::Zero { .. }
+            | Op::Punch { .. }
             | Op::Truncate { .. } => true,
+            Op::Batch { writes } => writes.iter().any(|(_, _, len, _)| *len > 0),
             _ => false,
         }
     }
@@ -214,6 +270,7 @@ impl Reference {
             Op::Create { .. } | Op::Rename { .. } | Op::Write { .. } | Op::Append { .. } => true,
             Op::Open { name, .. } => !self.names.contains_key(name),
             Op::Truncate { .. } => true,
+            Op::Preallocate { .. } | Op::Zero { .. } | Op::Punch { .. } | Op::Batch { .. } => true,
             _ => false,
         }
     }
@@ -291,6 +348,34 @@ impl Reference {
                 file.changed |= file.content.size != *size;
                 file.content.truncate(*size);
             }
+            (Op::Preallocate { handle, offset, len, growth }, Answer::Done) => {
+                let file = self.file_mut(*handle);
+                let size = file.content.size;
+                file.content.preallocate(*offset, *len, *growth);
+                file.changed |= file.content.size != size;
+            }
+            (Op::Zero { handle, offset, len, growth }, Answer::Done) => {
+                let file = self.file_mut(*handle);
+                let before = (file.content.size, file.content.read(*offset, *len as usize));
+                if *len > 0 {
+                    file.content.punch(*offset, *len);
+                    file.content.preallocate(*offset, *len, *growth);
+                }
+                file.changed |= before != (file.content.size, file.content.read(*offset, *len as usize));
+            }
+            (Op::Punch { handle, offset, len }, Answer::Done) => {
+                let file = self.file_mut(*handle);
+                let before = file.content.read(*offset, *len as usize);
+                file.content.punch(*offset, *len);
+                file.changed |= before != file.content.read(*offset, *len as usize);
+            }
+            (Op::Batch { writes }, Answer::Done) => {
+                for (handle, offset, len, tag) in writes {
+                    let file = self.file_mut(*handle);
+                    file.content.write(*offset, &pattern(*tag, *len));
+                    file.changed |= *len > 0;
+                }
+            }
             (Op::SyncFile { .. } | Op::Sync, Answer::Done) => {}
             (Op::StatFs, Answer::StatFs(statfs)) => self.check_statfs(statfs),
             (op, answer) => panic!("{op:?} was answered with {answer:?}"),
@@ -340,11 +425,13 @@ impl Reference {
     /// Compares what the filesystem says of file `id`.
     pub(crate) fn check_stat(&mut self, op: &Op, id: u64, stat: &Stat) {
         let file = self.files.get_mut(&id).expect("names lead to files");
-        let blocks = file.content.pages.len() as u64;
+        let most = (file.content.pages.len() + file.content.promised.len()) as u64;
+        let blocks = stat.allocated_bytes / BLOCK;
         assert_eq!(stat.id.0, id, "{op:?}");
         assert_eq!(stat.size, file.content.size, "{op:?}: size of file {id}");
-        assert_eq!(stat.allocated_bytes, blocks * BLOCK, "{op:?}: space of file {id}: {stat:?}");
-        let extents = u64::from(blocks > 0)..=blocks;
+        let least = most - u64::from(file.content.first_may_be_inline());
+        assert!((least..=most).contains(&blocks), "{op:?}: space of file {id}: {least}..={most}, {stat:?}");
+        let extents = u64::from(most > 0)..=most;
         assert!(extents.contains(&stat.extents), "{op:?}: {blocks} blocks in {} extents", stat.extents);
         assert!(stat.modified >= stat.created, "{op:?}: {stat:?}");
         if file.changed {

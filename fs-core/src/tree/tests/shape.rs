@@ -38,6 +38,20 @@ fn ascending_runs_side_by_side_fill_their_leaves() {
     assert!(fill(&mut store) >= 80, "{} %", fill(&mut store));
 }
 
+/// First writes of preallocated blocks from the end of a file down, behind one that filled its leaf: each key lands at the end of
+/// that full leaf. When the end of a page alone counted as ascending, each got a leaf of its own.
+#[test]
+fn descending_keys_behind_a_full_leaf_share_theirs() {
+    let mut store = Store::new(1 << 26);
+    for i in 0..60 {
+        store.insert(&key(1, i), &[1; 32]).unwrap();
+    }
+    for i in (100..10_000).rev() {
+        store.insert(&key(1, i), &[1; 32]).unwrap();
+    }
+    assert!(fill(&mut store) >= 45, "{} %", fill(&mut store));
+}
+
 #[test]
 fn random_keys_fill_two_thirds() {
     let mut store = Store::new(1 << 26);
