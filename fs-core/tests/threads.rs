@@ -11,7 +11,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use fs_core::{Channel, Completion, Error, File, Filesystem, MountOptions, OpenFlags, Operation};
+use fs_core::{
+    Channel, Completion, Error, File, Filesystem, Growth, MountOptions, OpenFlags, Operation, WriteBatch,
+};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -374,4 +376,87 @@ fn fight(fs: &Filesystem, seed: u64, count: usize) {
             }
         }
     }
+}
+
+// ---- batches, and content in the metadata
+
+/// Where a batch writes in each file, all of it words of its tag: inline content; inline content and data; data alone.
+const STAMPED: [&[(u64, usize)]; 3] = [&[(0, 600)], &[(0, 800), (50_000, 10_000)], &[(4096, 9000)]];
+
+/// The tag that all stamped bytes of file `index` in `bytes` have.
+fn one_tag(index: usize, bytes: &[u8]) -> u64 {
+    let mut tags = STAMPED[index].iter().flat_map(|(at, len)| bytes[*at as usize..][..*len].chunks_exact(8));
+    let tag = tags.next().unwrap();
+    assert!(tags.all(|other| other == tag), "file {index}: a reader saw half of a batch");
+    u64::from_le_bytes(tag.try_into().unwrap())
+}
+
+/// Two threads write batches over three files, a third punches and preallocates beside them, others read: each file is always that of
+/// one batch as a whole, and never of an older one than was seen before.
+#[test]
+fn readers_of_a_file_see_whole_batches() {
+    let seed = common::seed("readers_of_a_file_see_whole_batches");
+    let _watchdog = Watchdog::start("readers_of_a_file_see_whole_batches", seed, 120);
+    let device = TestDevice::slow(64 * MIB, seed);
+    let fs = fresh(&device.device, &little_memory());
+    let next = AtomicU64::new(1);
+    // Batches are numbered as they are written: one at a time, so that "older" has a meaning.
+    let turn = std::sync::Mutex::new(());
+    let writing = AtomicBool::new(true);
+    let open = |channel: &Channel| ["x", "y", "z"].map(|name| channel.open(name, OpenFlags::CREATE).unwrap());
+    let write = |channel: &Channel, files: &[File]| {
+        let _turn = turn.lock().unwrap();
+        let tag = next.fetch_add(1, Ordering::Relaxed);
+        let mut batch = WriteBatch::new();
+        for (file, ranges) in files.iter().zip(STAMPED) {
+            for (at, len) in ranges {
+                batch.write(file, *at, &tag.to_le_bytes().repeat(len / 8));
+            }
+        }
+        channel.write_batch(&batch).unwrap();
+    };
+    let channel = fs.channel().unwrap();
+    write(&channel, &open(&channel));
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    let channel = fs.channel().unwrap();
+                    let files = open(&channel);
+                    (0..400).for_each(|_| write(&channel, &files));
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            let channel = fs.channel().unwrap();
+            let files = open(&channel);
+            while writing.load(Ordering::Relaxed) {
+                // Next to what is stamped, in blocks of the same records.
+                channel.preallocate(&files[2], 0, 200_000, Growth::Keep).unwrap();
+                channel.write(&files[2], 13_096, b"beside").unwrap();
+                channel.punch(&files[2], 13_096, 90_000).unwrap();
+                channel.zero(&files[1], 1000, 20_000, Growth::Keep).unwrap();
+                channel.punch(&files[1], 20_000, 20_000).unwrap();
+            }
+        });
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let channel = fs.channel().unwrap();
+                let files = open(&channel);
+                let mut seen = [0; 3];
+                let mut bytes = vec![0; 60_000];
+                while writing.load(Ordering::Relaxed) {
+                    for (index, file) in files.iter().enumerate() {
+                        channel.read(file, 0, &mut bytes).unwrap();
+                        let tag = one_tag(index, &bytes);
+                        assert!(tag >= seen[index], "file {index} went back from {} to {tag}", seen[index]);
+                        seen[index] = tag;
+                    }
+                }
+            });
+        }
+        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        writing.store(false, Ordering::Relaxed);
+    });
+    check(&fs, &channel);
 }
