@@ -10,9 +10,8 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bdev_adapter::Device;
 use bdev_adapter::mem::MemDevice;
@@ -20,7 +19,7 @@ use bdev_adapter::wrap::recorder::{
     Change, CrashLog, CrashOptions, CrashState, Event, Points, RecordOptions, Recorder,
 };
 use common::{MIB, TestDevice, Watchdog, check, crashes, difference, fresh, mount, pattern, quiet, seed};
-use fs_core::{Channel, Growth, OpenFlags, WriteBatch};
+use fs_core::{Channel, File, Growth, OpenFlags, WriteBatch};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -275,21 +274,7 @@ fn every_crash_state_is_that_of_a_sync() {
     assert!(tried.torn > 0 && tried.newer > 0 && tried.between > 0, "the test has lost its teeth: {tried:?}");
 }
 
-/// Drives both futures, in random turns, until both are done.
-fn both(rng: &mut SmallRng, a: impl Future<Output = ()>, b: impl Future<Output = ()>) {
-    let (mut a, mut b) = (pin!(a), pin!(b));
-    let (mut a_done, mut b_done) = (false, false);
-    let mut cx = Context::from_waker(Waker::noop());
-    while !(a_done && b_done) {
-        if rng.random() {
-            a_done = a_done || a.as_mut().poll(&mut cx) == Poll::Ready(());
-        } else {
-            b_done = b_done || b.as_mut().poll(&mut cx) == Poll::Ready(());
-        }
-    }
-}
-
-/// Batches over several files, with commits under way at the same time: after every crash all files are those of one batch, not
+/// Batches over several files, while another thread commits as fast as it can: after every crash all files are those of one batch, not
 /// older than what was synced. The files begin inline, grow out of it, and lie on preallocated blocks in part.
 #[test]
 fn a_batch_is_whole_or_absent() {
@@ -301,24 +286,37 @@ fn a_batch_is_whole_or_absent() {
     let device: Arc<dyn Device> = recorder.clone();
     let fs = fresh(&device, &quiet());
     let channel = fs.channel().expect("channel");
-    let files = ["a", "b", "c", "d"].map(|name| channel.open(name, OpenFlags::CREATE).expect("open"));
-    channel.preallocate(&files[3], 4096, 100_000, Growth::Keep).expect("preallocate");
+    let open = |i: usize| channel.open(format!("file {i}"), OpenFlags::CREATE).expect("open");
+    let files: Vec<File> = (0..12).map(open).collect();
+    for file in &files[8..] {
+        channel.preallocate(file, 4096, 100_000, Growth::Keep).expect("preallocate");
+    }
     channel.sync().expect("sync");
     // Of each batch: its length. From which point on which batch is synced.
     let (mut batches, mut synced) = (vec![0], vec![(recorder.point(), 0)]);
-    for tag in 1..50u64 {
-        let len = rng.random_range(1..if tag < 10 { 1200 } else { 40_000 });
-        let mut batch = WriteBatch::new();
-        for file in &files {
-            batch.write(file, 0, &pattern(tag, len));
+    let writing = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let channel = fs.channel().expect("channel");
+            while writing.load(Ordering::Relaxed) {
+                channel.sync().expect("sync");
+            }
+        });
+        for tag in 1..60u64 {
+            let len = rng.random_range(1..if tag < 20 { 1200 } else { 20_000 });
+            let mut batch = WriteBatch::new();
+            for file in &files {
+                batch.write(file, 0, &pattern(tag, len));
+            }
+            channel.write_batch(&batch).expect("batch");
+            batches.push(len);
+            if tag % 5 == 0 {
+                channel.sync().expect("sync");
+                synced.push((recorder.point(), batches.len() - 1));
+            }
         }
-        let acknowledged = batches.len() - 1;
-        batches.push(len);
-        let write = async { channel.write_batch_async(&Arc::new(batch)).await.expect("batch") };
-        let sync = async { channel.sync_async().await.expect("sync") };
-        both(&mut rng, write, sync);
-        synced.push((recorder.point(), acknowledged));
-    }
+        writing.store(false, Ordering::Relaxed);
+    });
     drop((files, channel));
     fs.abandon();
     // What a file is after batch `last`: the longest so far, each written over from its beginning.
@@ -333,7 +331,7 @@ fn a_batch_is_whole_or_absent() {
     let contents: Vec<Vec<u8>> = (0..batches.len()).map(after).collect();
     let (mut states, mut newer) = (0, 0);
     let log = recorder.log();
-    for state in log.crash_states(rng.random(), CrashOptions { points: Points::Sampled(4), subsets: 2 }) {
+    for state in log.crash_states(rng.random(), CrashOptions { points: Points::Sampled(2), subsets: 1 }) {
         let Some((_, least)) = synced.iter().rev().find(|(point, _)| *point <= state.point) else { continue };
         let device: Arc<dyn Device> = MemDevice::from_image(&state.image).expect("a device");
         let fs = mount(&device, &quiet());
