@@ -1,7 +1,8 @@
 //! Writes of several ranges of several files at once: all or nothing.
 //!
 //! 1. sort the writes by file and offset, and join those that share a block or touch ([`spans`]): among writes of the same bytes the later wins;
-//! 2. lock the blocks of every span, in the order of (inode, offset), which every taker of several locks follows;
+//! 2. lock each file from its first span to its last, in the order of the inodes. One range a file: who held one span and asked for
+//!    the next could wait for somebody who waits for both, since range locks are granted in the order of arrival;
 //! 3. prepare each span: inline content, or a buffer of whole blocks, filled from what is there where the writes leave gaps, and
 //!    blocks for it;
 //! 4. send all to the device, then wait for all;
@@ -189,10 +190,12 @@ pub(crate) async fn write(core: &Arc<Core>, io: &Io, batch: &WriteBatch) -> Resu
         write.file.check_writable()?;
     }
     let spans = spans(batch);
-    let mut guards = Vec::with_capacity(spans.len());
-    for span in &spans {
-        let offset = span.writes[0].1.offset;
-        guards.push(write::lock(span.file, At::Offset(offset), span.end - offset).await?);
+    let mut guards = Vec::new();
+    for of_file in spans.chunk_by(|a, b| a.file.id == b.file.id) {
+        let [first, ..] = of_file else { continue };
+        let offset = first.writes[0].1.offset;
+        let end = of_file.last().map_or(first.end, |last| last.end);
+        guards.push(write::lock(first.file, At::Offset(offset), end - offset).await?);
     }
     let mut ready = Vec::with_capacity(spans.len());
     for span in &spans {

@@ -436,6 +436,8 @@ fn readers_of_a_file_see_whole_batches() {
                 channel.write(&files[2], 13_096, b"beside").unwrap();
                 channel.punch(&files[2], 13_096, 90_000).unwrap();
                 channel.zero(&files[1], 1000, 20_000, Growth::Keep).unwrap();
+                // Waits for both ranges of a batch.
+                channel.punch(&files[1], 1000, 48_500).unwrap();
                 channel.punch(&files[1], 20_000, 20_000).unwrap();
             }
         });
