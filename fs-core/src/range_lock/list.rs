@@ -151,7 +151,8 @@ impl Stripe {
         wakers.into_iter().for_each(Waker::wake);
     }
 
-    /// Unlinks released requests at the head.
+    /// Unlinks released requests at the head. (Of two releases at once each may just miss the other's on a weakly ordered processor; what
+    /// is left then goes with the next that comes by.)
     pub(super) fn tidy(&self, pin: &Pin) {
         loop {
             let head = self.head();

@@ -102,7 +102,7 @@ fn stripes_of(range: &Range<u64>) -> StripeSet {
     (first..=last).fold(0, |set, segment| set | 1 << stripe_of(segment))
 }
 
-/// The range lock of one file. A `const`-sized handle; its lists come with the first request.
+/// The range lock of one file. 16 bytes; its lists come with the first request.
 #[derive(Default)]
 pub struct RangeLock {
     /// `Arc`, not `Box`: requests point into it while the lock may move.
