@@ -23,6 +23,8 @@ const FILES: u64 = 6;
 /// Blocks of each of them.
 const BLOCKS: u64 = 24;
 
+type Pending<'c> = Pin<Box<dyn Future<Output = Result<(), Error>> + 'c>>;
+
 fn name(who: &str, file: u64) -> String {
     format!("{who}-{file}")
 }
@@ -97,7 +99,7 @@ fn on_a_mount(test: &str, who: &[&str], work: impl FnOnce(&Filesystem)) {
 fn a_plain_loop_is_enough() {
     on_a_mount("a_plain_loop_is_enough", &["loop"], |fs| {
         let channel = fs.channel().unwrap();
-        let mut futures: Vec<Pin<Box<dyn Future<Output = Result<(), Error>> + '_>>> = Vec::new();
+        let mut futures: Vec<Pending<'_>> = Vec::new();
         for number in 0..FILES {
             futures.push(Box::pin(one_file(&channel, "loop", number)));
         }
