@@ -64,10 +64,15 @@ impl Lab {
     /// A fresh filesystem on the device, mounted with everything on the calling thread: rows count one core, and a helper
     /// thread would do part of the work on another.
     pub(crate) fn fresh(&self) -> Result<Mounted> {
-        format_device(self.device(), "compare", self.force.get())?;
+        self.fresh_on(self.device())
+    }
+
+    /// The same through `device`, which wraps the device under test.
+    pub(crate) fn fresh_on(&self, device: &Arc<dyn Device>) -> Result<Mounted> {
+        format_device(device, "compare", self.force.get())?;
         self.force.set(true);
         let options = MountOptions { helper_thread: false, ..MountOptions::default() };
-        let fs = Filesystem::mount(Arc::clone(self.device()), &options).doing("mount the filesystem")?;
+        let fs = Filesystem::mount(Arc::clone(device), &options).doing("mount the filesystem")?;
         let channel = fs.channel().doing("open a channel")?;
         Ok(Mounted { channel, fs })
     }

@@ -2,7 +2,8 @@
 //!
 //! A row takes its samples interleaved (ours, peer, ours, peer...), so that whatever slows the machine down slows both;
 //! the figure of a row is the median over the repeats, and the spread is printed with it. Nothing is left out as an
-//! outlier. One round beforehand warms up both sides and is not counted.
+//! outlier. One round beforehand warms up both sides and is not counted. (A row whose samples take many seconds and begin
+//! from nothing takes fewer of them, and no round beforehand; its description says so.)
 //!
 //! To add a row: write a [`Contest`](row::Contest) in a file of its family under `rows/`, and name it in that file's
 //! `ROWS`. To add a family: one more line in [`rows::all`].
@@ -197,9 +198,12 @@ fn list(rows: &[&'static Row], out: &mut Out) -> Result<()> {
 fn measure(row: &Row, lab: &Lab, repeats: u32) -> Result<Outcome> {
     let bar = lab.bars.spinner(&format!("{}: preparing", row.metric));
     let result = (row.prepare)(lab).and_then(|mut contest| {
-        bar.set_message(format!("{}: warming up", row.metric));
-        contest.ours(lab)?;
-        contest.peer(lab)?;
+        if contest.warms_up() {
+            bar.set_message(format!("{}: warming up", row.metric));
+            contest.ours(lab)?;
+            contest.peer(lab)?;
+        }
+        let repeats = contest.repeats(repeats);
         let mut samples = Vec::with_capacity(repeats as usize);
         // Of our side only: a peer may be a process of its own.
         let (mut wall, mut cpu) = (Duration::ZERO, 0);

@@ -80,6 +80,17 @@ pub(crate) trait Contest {
     /// A sample of the peer. `None` in rows without one.
     fn peer(&mut self, lab: &Lab) -> Result<Option<f64>>;
 
+    /// How many samples of each side are taken where `asked` are wanted: a row whose samples take long takes fewer, and says
+    /// so in its description.
+    fn repeats(&self, asked: u32) -> u32 {
+        asked
+    }
+
+    /// Whether a round that is not counted comes first.
+    fn warms_up(&self) -> bool {
+        true
+    }
+
     /// What a reader should know beside the figures.
     fn remarks(&self) -> Vec<String> {
         Vec::new()

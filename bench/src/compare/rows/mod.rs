@@ -3,6 +3,7 @@
 mod adapter;
 mod mount;
 mod names;
+mod overwrite;
 mod randread;
 mod range_lock;
 mod stream;
@@ -11,7 +12,7 @@ use super::row::Row;
 
 /// All rows, in the order in which they are measured.
 pub(crate) fn all() -> impl Iterator<Item = &'static Row> {
-    [randread::ROWS, stream::ROWS, mount::ROWS, names::ROWS, range_lock::ROWS, adapter::ROWS]
+    [randread::ROWS, stream::ROWS, mount::ROWS, names::ROWS, overwrite::ROWS, range_lock::ROWS, adapter::ROWS]
         .into_iter()
         .flatten()
 }
