@@ -102,16 +102,25 @@ pub(crate) async fn sync_file(core: &Arc<Core>, io: &Io, _file: &File) -> Result
     sync(core, io).await
 }
 
-/// Commits the open generation, whatever is in it: for transactions that need room.
+/// Makes room for a transaction: waits for the commit that is on its way, if there is one, else commits the open generation,
+/// whatever is in it. Says whether it was the open one.
+///
+/// What the one on its way frees may be enough; and committing right behind it what little came meanwhile would copy the same
+/// nodes again for it.
+///
 /// Boxed, since a commit is itself made of transactions.
 pub(crate) fn make_room<'a>(
     core: &'a Arc<Core>,
     io: &'a Io,
-) -> Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>> {
-    let target = core.meta.lock().generation;
+) -> Pin<Box<dyn Future<Output = Result<bool>> + Send + 'a>> {
+    let open = core.meta.lock().generation;
+    let frozen = Generation(open.0 - 1);
+    let is_open = core.gate.durable() >= frozen;
+    let target = if is_open { open } else { frozen };
     Box::pin(async move {
         reach(core, io, target, Core::check_not_sealed).await?;
-        wait_for_readers(core, io, target).await
+        wait_for_readers(core, io, target).await?;
+        Ok(is_open)
     })
 }
 

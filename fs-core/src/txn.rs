@@ -170,9 +170,8 @@ impl Meta {
     /// Dirty nodes at which a commit is due: what the free space and the node cache allow.
     fn dirty_limit(&self) -> usize {
         let stats = self.cache.stats();
-        let by_space = self.alloc.counts().available_now / 4;
         let by_memory = (stats.capacity / BLOCK_SIZE / 2) as u64;
-        by_space.min(by_memory).max(self.reserve() / 4) as usize
+        by_memory.max(self.reserve() / 4) as usize
     }
 }
 
@@ -251,8 +250,7 @@ async fn transact_after<T>(
             Stop::Node(ptr) => pins.push(load_node(core, io, &ptr).await?),
             Stop::Space(need) => load_space(core, io, need, &mut pins).await?,
             Stop::Commit => {
-                commits += 1;
-                commit::make_room(core, io).await?;
+                commits += u32::from(commit::make_room(core, io).await?);
             }
             Stop::Fail(error) => return Err(error),
         }
