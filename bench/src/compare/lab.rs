@@ -64,14 +64,14 @@ impl Lab {
     /// A fresh filesystem on the device, mounted with everything on the calling thread: rows count one core, and a helper
     /// thread would do part of the work on another.
     pub(crate) fn fresh(&self) -> Result<Mounted> {
-        self.fresh_on(self.device())
+        self.fresh_on(self.device(), MountOptions::default())
     }
 
-    /// The same through `device`, which wraps the device under test.
-    pub(crate) fn fresh_on(&self, device: &Arc<dyn Device>) -> Result<Mounted> {
+    /// As [`fresh`](Self::fresh) on another device, with other options (but for the helper).
+    pub(crate) fn fresh_on(&self, device: &Arc<dyn Device>, options: MountOptions) -> Result<Mounted> {
         format_device(device, "compare", self.force.get())?;
         self.force.set(true);
-        let options = MountOptions { helper_thread: false, ..MountOptions::default() };
+        let options = MountOptions { helper_thread: false, ..options };
         let fs = Filesystem::mount(Arc::clone(device), &options).doing("mount the filesystem")?;
         let channel = fs.channel().doing("open a channel")?;
         Ok(Mounted { channel, fs })
@@ -163,4 +163,16 @@ fn write_all(
 /// MiB per second.
 pub(crate) fn mib_per_s(bytes: u64, time: Duration) -> f64 {
     bytes as f64 / MIB / time.as_secs_f64().max(1e-9)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// For tests of rows that have no device: samples are short.
+    pub(crate) fn lab() -> Lab {
+        let bars = Bars::new(true);
+        Lab::open("-".to_owned(), false, false, Duration::from_millis(2), Clock::Cpu, 1, bars)
+            .expect("no device")
+    }
 }

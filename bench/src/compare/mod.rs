@@ -8,6 +8,7 @@
 //! To add a row: write a [`Contest`](row::Contest) in a file of its family under `rows/`, and name it in that file's
 //! `ROWS`. To add a family: one more line in [`rows::all`].
 
+mod blanks;
 mod lab;
 mod pump;
 mod row;

@@ -1,6 +1,9 @@
 //! The rows, one file a family.
 
 mod adapter;
+mod alloc;
+mod lookup;
+mod memory;
 mod mount;
 mod names;
 mod overwrite;
@@ -12,7 +15,18 @@ use super::row::Row;
 
 /// All rows, in the order in which they are measured.
 pub(crate) fn all() -> impl Iterator<Item = &'static Row> {
-    [randread::ROWS, stream::ROWS, mount::ROWS, names::ROWS, overwrite::ROWS, range_lock::ROWS, adapter::ROWS]
-        .into_iter()
-        .flatten()
+    [
+        randread::ROWS,
+        stream::ROWS,
+        mount::ROWS,
+        names::ROWS,
+        overwrite::ROWS,
+        lookup::ROWS,
+        alloc::ROWS,
+        memory::ROWS,
+        range_lock::ROWS,
+        adapter::ROWS,
+    ]
+    .into_iter()
+    .flatten()
 }

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bdev_adapter::Device;
 use bdev_adapter::wrap::counters::{CountingDevice, Counts};
+use fs_core::MountOptions;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -135,7 +136,7 @@ impl Field {
     /// A sample with a file of `percent` % of the device.
     fn churn(&mut self, lab: &Lab, percent: u64) -> Result<Churn> {
         let device: Arc<dyn Device> = Arc::clone(&self.device) as _;
-        let mounted = lab.fresh_on(&device)?;
+        let mounted = lab.fresh_on(&device, MountOptions::default())?;
         let bytes = self.capacity / 100 * percent / MIB * MIB;
         let file = mounted.create_filled(lab, "overwrite", bytes)?;
         let mut buffers = dma_buffers(&device, DEPTH, BLOCK as usize)?;
