@@ -13,7 +13,8 @@
 //!
 //! Eviction is second chance (clock): clean nodes stand in a queue; the front one goes, unless it was used since it was
 //! queued, then it queues again. A node that became dirty leaves the queue when its turn comes. Each step of the hand is
-//! paid for by the use or the queueing that made it necessary, and [`SWEEP_MAX`] bounds what one call does.
+//! paid for by the use or the queueing that made it necessary, and [`SWEEP_MAX`] bounds what one call does ([`NodeCache::written`]
+//! goes on by two steps for each node that it made clean).
 //!
 //! Not here: reading and writing (the caller does), and locking (everything runs under the caller's metadata lock).
 
@@ -32,7 +33,7 @@ pub const NODE_MEMORY: usize = size_of::<Node>() + 160;
 /// The smallest cache, in nodes, and the fewest clean nodes that stay when dirty ones fill the cache: enough for the paths of a
 /// few operations, so that each gets done in the end.
 pub const MIN_NODES: usize = 32;
-/// The most queue entries that one call looks at.
+/// The most queue entries that one call looks at, beside those that it queued itself.
 const SWEEP_MAX: usize = 1024;
 
 /// Index of a frame: names a node as long as it stays in memory.
@@ -146,6 +147,7 @@ impl NodeCache {
 
     /// The sealed nodes up to `generation` are on the device: from now on they may be evicted.
     pub fn written(&mut self, generation: Generation) {
+        let mut cleaned = 0;
         while self.sealed.front().is_some_and(|(sealed, _)| *sealed <= generation) {
             let (_, addrs) = self.sealed.pop_front().expect("there is a front");
             for addr in addrs {
@@ -154,16 +156,23 @@ impl NodeCache {
                     && self.frames[id as usize].state == State::Writing
                 {
                     self.set_state(id, State::Clean);
+                    cleaned += 1;
                 }
             }
         }
-        self.trim();
+        // Each of them may have to go, and has a second chance before: who writes much and reads nothing comes by here only.
+        self.sweep(SWEEP_MAX + 2 * cleaned);
     }
 
     /// Evicts until the cache is within its capacity, as far as it can in one go. For callers that modify a lot and never
     /// read from the device.
     pub fn trim(&mut self) {
-        for _ in 0..SWEEP_MAX {
+        self.sweep(SWEEP_MAX);
+    }
+
+    /// Looks at up to `steps` queue entries.
+    fn sweep(&mut self, steps: usize) {
+        for _ in 0..steps {
             let clean = self.index.len() - self.dirty - self.writing;
             if self.index.len() <= self.capacity_nodes || clean <= MIN_NODES {
                 return;

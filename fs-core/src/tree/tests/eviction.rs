@@ -48,6 +48,27 @@ fn dirty_nodes_stay_whatever_the_capacity() {
     assert!(store.cache.stats().nodes <= MIN_NODES);
 }
 
+/// A mount that wrote random blocks into a large file kept every node that it had ever made: what is made is never asked for, so
+/// only the end of a commit evicts, and that looked at some thousand nodes however many it had written.
+#[test]
+fn who_only_writes_stays_within_the_capacity() {
+    let capacity = 100 * NODE_MEMORY;
+    let mut store = Store::new(capacity);
+    let mut model = Model::new();
+    for round in 0..6 {
+        for i in 0..60_000 {
+            let key = key(round * 60_000 + i);
+            store.insert(&key, &[i as u8; 90]).unwrap();
+            model.insert(key.to_vec(), vec![i as u8; 90]);
+        }
+        assert!(store.cache.stats().dirty > 1500, "{:?}", store.cache.stats());
+        store.seal(&model);
+        store.finish_write();
+        let stats = store.cache.stats();
+        assert!(stats.nodes <= 100 + MIN_NODES, "round {round}: {stats:?}");
+    }
+}
+
 #[test]
 fn what_is_held_stays() {
     let (mut store, _) = written(20_000, 0);
