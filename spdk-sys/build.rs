@@ -53,11 +53,20 @@ const FEATURES: &[(&str, &str, &str)] = &[
     ("GAUR_HAVE_WAIT_FOR_EXAMINE", "spdk/bdev.h", "spdk_bdev_wait_for_examine("),
     ("GAUR_HAVE_BDEV_OPTS_SIZE", "spdk/bdev.h", "spdk_bdev_get_opts(struct spdk_bdev_opts *opts, size_t"),
     ("GAUR_HAVE_AIO_STATUS", "spdk/bdev.h", "spdk_bdev_io_get_aio_status("),
+    ("GAUR_HAVE_BLOBFS", "spdk/blobfs.h", "spdk_file_read("),
+    ("GAUR_HAVE_BS_DEV_EXT", "spdk/blob_bdev.h", "spdk_bdev_create_bs_dev_ext("),
     ("GAUR_HAVE_STATUS_ABORTED", "spdk/bdev_module.h", "SPDK_BDEV_IO_STATUS_ABORTED"),
 ];
 
 /// The files of the C shim.
-const SHIM: &[&str] = &["shim/gaur_spdk.h", "shim/gaur_spdk.c", "shim/gaur_nvme.h", "shim/gaur_nvme.c"];
+const SHIM: &[&str] = &[
+    "shim/gaur_spdk.h",
+    "shim/gaur_spdk.c",
+    "shim/gaur_nvme.h",
+    "shim/gaur_nvme.c",
+    "shim/gaur_blobfs.h",
+    "shim/gaur_blobfs.c",
+];
 
 /// What Rust may call. Everything else of SPDK stays out of the bindings.
 const FUNCTIONS: &[&str] = &[

@@ -8,5 +8,6 @@
 #include "spdk/nvme.h"
 #include "spdk/thread.h"
 #include "spdk/version.h"
+#include "gaur_blobfs.h"
 #include "gaur_nvme.h"
 #include "gaur_spdk.h"

@@ -1,7 +1,7 @@
 //! Bindings and a small C shim over the SPDK that is installed.
 //!
 //! Two things are here, and nothing else: SPDK functions that have been the same since 20.07 ([`mod@thread`], [`mod@bdev`],
-//! [`mod@nvme`], [`mod@memory`]), bound directly by bindgen; and the shim (`shim/gaur_spdk.h`, `shim/gaur_nvme.h`: [`mod@env`], [`mod@config`], part of the others),
+//! [`mod@nvme`], [`mod@memory`]), bound directly by bindgen; and the shim (`shim/gaur_spdk.h`, `shim/gaur_nvme.h`, `shim/gaur_blobfs.h`: [`mod@env`], [`mod@config`], [`mod@blobfs`], part of the others),
 //! which hides what differs between versions. Everything is raw: who may call what, and when, is said in the shim's
 //! header and in SPDK's own documentation; the safe side is `bdev-adapter`.
 //!
@@ -89,6 +89,15 @@ pub mod nvme {
         spdk_nvme_ns_cmd_flush, spdk_nvme_ns_cmd_read, spdk_nvme_ns_cmd_readv, spdk_nvme_ns_cmd_write,
         spdk_nvme_ns_cmd_write_zeroes, spdk_nvme_ns_cmd_writev, spdk_nvme_qpair,
         spdk_nvme_qpair_process_completions,
+    };
+}
+
+/// BlobFS, to measure beside it.
+pub mod blobfs {
+    pub use crate::bindings::{
+        gaur_blobfs, gaur_blobfs_append, gaur_blobfs_cache_thread, gaur_blobfs_close, gaur_blobfs_exists,
+        gaur_blobfs_file, gaur_blobfs_init, gaur_blobfs_open, gaur_blobfs_read, gaur_blobfs_sync,
+        gaur_blobfs_unload,
     };
 }
 

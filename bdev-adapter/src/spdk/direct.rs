@@ -2,6 +2,10 @@
 //! bench, which must not know SPDK's bindings; no part of the interface of this crate.
 //!
 //! The loop is the one that a user of a queue pair writes: poll, then submit again for everything that was answered.
+//!
+//! And [`blobfs`]: SPDK's own filesystem.
+
+pub mod blobfs;
 
 use std::cell::Cell;
 use std::ffi::c_void;

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod alloc;
+mod blobfs;
 mod lookup;
 mod memory;
 mod mount;
@@ -21,6 +22,7 @@ pub(crate) fn all() -> impl Iterator<Item = &'static Row> {
         mount::ROWS,
         names::ROWS,
         overwrite::ROWS,
+        blobfs::ROWS,
         lookup::ROWS,
         alloc::ROWS,
         memory::ROWS,
