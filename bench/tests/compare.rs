@@ -38,6 +38,27 @@ fn the_list_names_every_metric_of_the_issues() {
         let row = json.as_array().unwrap().iter().find(|row| row["metric"] == metric).unwrap();
         assert!(row["unit"].is_string() && row["goal"].is_string() && row["description"].is_string());
     }
+    // Goals of the issues, and a row that is reported without one.
+    for (metric, peer, goal) in [
+        ("lookup_batched_ns_1e3", None, Some("<= 12")),
+        ("lookup_batched_ns_1e7", None, Some("<= 60")),
+        ("lookup_dependent_ns_1e3", Some("std BTreeMap"), Some("<= 40")),
+        ("lookup_dependent_ns_1e7", Some("std BTreeMap"), Some("<= 600")),
+        ("bytes_per_extent", None, Some("<= 24")),
+        ("blocking_read4k_vs_blobfs", Some("BlobFS"), Some(">= 10")),
+        ("append_sync4k_vs_blobfs", Some("BlobFS"), None),
+        ("alloc_free_ns_95_full", None, Some("<= 50")),
+        ("alloc_free_p9999_over_median", None, Some("<= 20")),
+        ("overwrite_wa_50", None, Some("<= 1.05")),
+        ("overwrite_wa_80", None, Some("<= 1.15")),
+        ("overwrite_wa_95", None, Some("<= 1.5")),
+        ("overwrite_throughput_95_vs_50", Some("file of 50 %"), Some(">= 0.6")),
+    ] {
+        let row = json.as_array().unwrap().iter().find(|row| row["metric"] == metric).unwrap();
+        assert_eq!(row["peer_name"].as_str(), peer, "{metric}");
+        assert_eq!(row["goal"].as_str(), goal, "{metric}");
+        assert!(row["description"].as_str().is_some_and(|about| about.len() > 20), "{metric}");
+    }
 }
 
 #[test]
@@ -102,4 +123,25 @@ fn a_device_that_is_too_small_for_a_row_fails_that_row_only() {
     let run = bench(base.iter().chain(&["--only", "randread4k_qd32_vs_raw", "--only", "seqwrite1m_vs_raw"]));
     let text = run.failed(1, "2.0 GiB").text();
     assert!(text.contains("seqwrite1m_vs_raw"), "{text}");
+}
+
+#[test]
+fn overwrites_write_a_little_more_than_their_bytes() {
+    let args = ["compare", "--device", "mem:128MiB", "--clock", "cpu", "--json", "--only"];
+    let run = bench(args.iter().chain(&["overwrite_wa_50", "--only", "overwrite_throughput_95_vs_50"])).ok();
+    let json = run.json();
+    let amplification = json[0]["ours"].as_f64().unwrap();
+    assert!((1.0..1.2).contains(&amplification), "{amplification}");
+    // Samples from nothing: fewer than the five that are the default.
+    assert_eq!((json[0]["repeats"].as_u64(), json[1]["repeats"].as_u64()), (Some(1), Some(2)));
+    assert!(json[1]["ours"].as_f64().unwrap() > 0.0 && json[1]["peer"].as_f64().unwrap() > 0.0);
+    assert!(run.stderr.contains("writes a commit"), "{}", run.stderr);
+}
+
+#[test]
+fn a_micro_row_needs_no_device() {
+    let args =
+        ["compare", "--repeats", "1", "--seconds", "0.01", "--json", "--only", "lookup_dependent_ns_1e3"];
+    let json = bench(args).ok().json();
+    assert!(json[0]["ours"].as_f64().unwrap() > 0.0 && json[0]["peer"].as_f64().unwrap() > 0.0);
 }
