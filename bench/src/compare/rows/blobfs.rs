@@ -195,8 +195,11 @@ mod with_spdk {
         }
 
         fn finish(self: Box<Self>) -> Result<()> {
-            let Calls { mounted, file, .. } = *self;
-            drop(file);
+            let Calls { mounted, file, blobfs, .. } = *self;
+            drop((file, blobfs));
+            // Rows to come need the memory.
+            spdk::rpc("bdev_malloc_delete", &format!(r#"{{"name":"{NAME}"}}"#), Duration::from_secs(60))
+                .doing("remove the malloc bdev of BlobFS")?;
             mounted.unmount()
         }
     }
