@@ -10,8 +10,11 @@ set -euo pipefail
 have cargo || die "cargo is not on PATH" "install Rust 1.89 or later, with rustup for example"
 features=()
 if spdk_is_there; then
-  # Beside the device under test, rows run programs of SPDK's with 2 GiB of their own; without that they are skipped.
-  scripts/spdk.sh hugepages $((HUGE_PAGES + 1472)) >&2 || scripts/spdk.sh hugepages "$HUGE_PAGES" >&2
+  # Beside the device under test, rows run programs of SPDK's with 2 GiB of their own, others make a bdev of 5 GiB; without
+  # that they are skipped.
+  for more in $((1472 + 2560)) 1472 0; do
+    scripts/spdk.sh hugepages $((HUGE_PAGES + more)) >&2 && break
+  done
   features=(--features spdk)
 else
   printf 'SPDK is not installed (make spdk installs it): measuring on memory\n' >&2

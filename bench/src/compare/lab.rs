@@ -1,6 +1,6 @@
 //! The bench on which rows are measured: the device, how long, and what rows build on it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::lane::{FileLane, Lane, RawLane};
 use crate::out::Bars;
 use crate::session::{Access, dma_buffers, format_device, open_device};
 use crate::sys::Clock;
-use crate::units::MIB;
+use crate::units::{self, MIB};
 
 /// Bytes of one access when data is laid out.
 const PIECE: usize = 1 << 20;
@@ -24,6 +24,10 @@ pub(crate) struct Lab {
     /// The URI of the device under test.
     pub(crate) uri: String,
     device: Option<Arc<dyn Device>>,
+    /// The device under test was named by the user.
+    named: bool,
+    /// See [`Lab::large`].
+    large: RefCell<Option<Arc<dyn Device>>>,
     /// How long a sample takes, about.
     pub(crate) seconds: Duration,
     /// Which time counts.
@@ -39,9 +43,11 @@ pub(crate) struct Lab {
 }
 
 impl Lab {
-    /// Opens the device at `uri`, if there is a row that needs it.
+    /// Opens the device at `uri`, which the user `named` or not, if there is a row that needs it.
+    #[expect(clippy::too_many_arguments, reason = "called once, with the options of the command")]
     pub(crate) fn open(
         uri: String,
+        named: bool,
         needed: bool,
         force: bool,
         seconds: Duration,
@@ -53,12 +59,39 @@ impl Lab {
             return Err(Failure::Usage("--seconds must be more than zero".to_owned()));
         }
         let device = if needed { Some(open_device(&uri, Access::Create)?) } else { None };
-        Ok(Lab { uri, device, seconds, clock, seed, bars, force: Cell::new(force), touched: Cell::new(0) })
+        Ok(Lab {
+            uri,
+            device,
+            named,
+            large: RefCell::new(None),
+            seconds,
+            clock,
+            seed,
+            bars,
+            force: Cell::new(force),
+            touched: Cell::new(0),
+        })
     }
 
     /// The device under test, in rows that are [on it](super::row::Row::on_device); those that write begin by formatting it.
     pub(crate) fn device(&self) -> &Arc<dyn Device> {
         self.device.as_ref().expect("only rows that are on the device ask for it")
+    }
+
+    /// A device of at least `bytes` for rows that need more than the device under test has: the one that the user named if it
+    /// has as much, else memory of the kind that is the default, made here and kept until the end.
+    pub(crate) fn large(&self, bytes: u64) -> Result<Arc<dyn Device>> {
+        if let Some(device) = &*self.large.borrow() {
+            return enough(device, bytes).map(|()| Arc::clone(device));
+        }
+        let device = match (&self.device, self.named) {
+            (Some(device), true) => Arc::clone(device),
+            (None, true) => open_device(&self.uri, Access::Create)?,
+            (_, false) => open_memory(bytes)?,
+        };
+        enough(&device, bytes)?;
+        *self.large.borrow_mut() = Some(Arc::clone(&device));
+        Ok(device)
     }
 
     /// A fresh filesystem on the device, mounted with everything on the calling thread: rows count one core, and a helper
@@ -69,7 +102,7 @@ impl Lab {
 
     /// As [`fresh`](Self::fresh) on another device, with other options (but for the helper).
     pub(crate) fn fresh_on(&self, device: &Arc<dyn Device>, options: MountOptions) -> Result<Mounted> {
-        format_device(device, "compare", self.force.get())?;
+        format_device(device, "compare", self.force.get() || !self.named)?;
         self.force.set(true);
         let options = MountOptions { helper_thread: false, ..options };
         let fs = Filesystem::mount(Arc::clone(device), &options).doing("mount the filesystem")?;
@@ -137,6 +170,38 @@ impl Mounted {
         bar.finish_and_clear();
         Ok(file)
     }
+}
+
+/// Skips the row when `device` has less than `bytes`.
+fn enough(device: &Arc<dyn Device>, bytes: u64) -> Result<()> {
+    let capacity = device.geometry().capacity;
+    if capacity >= bytes {
+        return Ok(());
+    }
+    let (capacity, bytes) = (units::bytes(capacity), units::bytes(bytes));
+    Err(Failure::Skipped(format!("the device has {capacity}; this row needs {bytes}")))
+}
+
+/// A malloc bdev of SPDK's.
+#[cfg(feature = "spdk")]
+fn open_memory(bytes: u64) -> Result<Arc<dyn Device>> {
+    const NAME: &str = "BenchLarge";
+    let blocks = bytes.div_ceil(4096);
+    let bdev = format!(r#"{{"name":"{NAME}","num_blocks":{blocks},"block_size":4096}}"#);
+    if let Err(error) = bdev_adapter::spdk::rpc("bdev_malloc_create", &bdev, Duration::from_secs(60)) {
+        let (pages, why) = (bytes.div_ceil(2 << 20) + 64, error);
+        return Err(Failure::Skipped(format!(
+            "there is no malloc bdev of {} ({why}); `scripts/spdk.sh hugepages {pages}` gives it room",
+            units::bytes(bytes)
+        )));
+    }
+    open_device(&format!("spdk-bdev:{NAME}"), Access::Write)
+}
+
+/// Plain memory.
+#[cfg(not(feature = "spdk"))]
+fn open_memory(bytes: u64) -> Result<Arc<dyn Device>> {
+    open_device(&format!("mem:{}MiB", bytes.div_ceil(1 << 20)), Access::Write)
 }
 
 /// Writes `bytes` from offset 0 on in pieces of `piece` bytes (the rest, if any, stays unwritten).

@@ -13,6 +13,7 @@ use rand::{Rng, SeedableRng};
 use crate::compare::lab::{Lab, Mounted};
 use crate::compare::pump::{Until, pump};
 use crate::compare::row::{Contest, Figure, Goal, Row};
+use crate::compare::rows::scattered::{MILLION, Scattered};
 use crate::failure::{Doing, Failure, Result};
 use crate::lane::{FileLane, Lane, RawLane};
 use crate::session::dma_buffers;
@@ -30,6 +31,57 @@ pub(crate) const ROWS: &[Row] = &[Row {
     about: "random 4 KiB direct reads, 32 in flight, of a 1 GiB file of at least 100,000 extents, checksums verified",
     prepare: |lab| Ok(Box::new(RandomReads::prepare(lab, 32)?)),
 }];
+
+/// Those of them that need a [large device](Lab::large).
+pub(crate) const LARGE_ROWS: &[Row] = &[
+    deep(
+        "randread4k_qd128_vs_raw_verified",
+        0.75,
+        "random 4 KiB direct reads, 128 in flight, of a file of 1e6 extents, checksums verified",
+        |lab| Ok(Box::new(DeepReads(Scattered::prepare(lab, MILLION, 128, true)?))),
+    ),
+    deep("randread4k_qd128_vs_raw_unverified", 0.88, "the same, checksums not verified", |lab| {
+        Ok(Box::new(DeepReads(Scattered::prepare(lab, MILLION, 128, false)?)))
+    }),
+];
+
+const fn deep(
+    metric: &'static str,
+    goal: f64,
+    about: &'static str,
+    prepare: fn(&Lab) -> Result<Box<dyn Contest>>,
+) -> Row {
+    Row {
+        metric,
+        unit: "IOPS",
+        peer_name: Some("raw device"),
+        figure: Figure::Ratio,
+        goal: Some(Goal::AtLeast(goal)),
+        on_device: false,
+        about,
+        prepare,
+    }
+}
+
+struct DeepReads(Scattered);
+
+impl Contest for DeepReads {
+    fn ours(&mut self, lab: &Lab) -> Result<f64> {
+        Ok(self.0.ours(lab, lab.clock)?.per_second())
+    }
+
+    fn peer(&mut self, lab: &Lab) -> Result<Option<f64>> {
+        Ok(Some(self.0.raw(lab, lab.clock)?.per_second()))
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        vec![self.0.remark()]
+    }
+
+    fn finish(self: Box<Self>) -> Result<()> {
+        self.0.finish()
+    }
+}
 
 const BLOCK: usize = 4096;
 const FILE_BYTES: u64 = 1 << 30;
