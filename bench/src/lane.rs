@@ -54,7 +54,7 @@ impl<'c> FileLane<'c> {
 impl Lane for FileLane<'_> {
     #[inline]
     fn read(&mut self, offset: u64, buf: DmaBuf, tag: u64) {
-        self.channel.submit(Operation::Read { file: self.file.clone(), offset, buf }, tag);
+        self.channel.submit_read(&self.file, offset, buf, tag);
     }
 
     #[inline]

@@ -94,6 +94,12 @@ impl File {
         &self.0.inner
     }
 
+    /// Whether the two are clones of one handle.
+    #[inline]
+    pub(crate) fn is_clone_of(&self, other: &File) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     pub(crate) fn check_writable(&self) -> Result<()> {
         if self.0.read_only {
             let name = String::from_utf8_lossy(&self.name()).into_owned();

@@ -33,14 +33,14 @@ struct Hold<'a> {
 
 impl<'a> Hold<'a> {
     fn take(core: &Core, io: &'a Io) -> Hold<'a> {
-        let generation = io.holds.lock().acquire(core.open_generation());
+        let generation = io.holds.lock().acquire(core.open_generation(), 1);
         Hold { io, generation }
     }
 }
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        self.io.holds.lock().release(self.generation);
+        self.io.holds.lock().release(self.generation, 1);
     }
 }
 

@@ -1,6 +1,10 @@
 //! What a mount has done, counted.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use crossbeam_utils::CachePadded;
+use parking_lot::Mutex;
 
 /// Counters of a mount since it was mounted, and sizes at this moment. Bytes unless said otherwise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -47,6 +51,20 @@ pub(crate) struct Counters {
     flushes: AtomicU64,
     commits: AtomicU64,
     repeated_reads: AtomicU64,
+    /// Counters of channels for what they read the short way, so that such reads write nothing shared.
+    of_channels: Mutex<Vec<Arc<CachePadded<AtomicU64>>>>,
+}
+
+/// Bytes of file data that one channel has read the short way. Added to by one thread at a time.
+#[derive(Debug)]
+pub(crate) struct ReadBytes(Arc<CachePadded<AtomicU64>>);
+
+impl ReadBytes {
+    #[inline]
+    pub(crate) fn add(&self, bytes: u64) {
+        // No read-modify-write: there is no other writer.
+        self.0.store(self.0.load(Ordering::Relaxed) + bytes, Ordering::Relaxed);
+    }
 }
 
 fn add(counter: &AtomicU64, n: u64) {
@@ -54,6 +72,22 @@ fn add(counter: &AtomicU64, n: u64) {
 }
 
 impl Counters {
+    /// A counter for one channel, which [`snapshot`](Self::snapshot) adds to the others.
+    pub(crate) fn read_bytes(&self) -> ReadBytes {
+        let mut all = self.of_channels.lock();
+        // What channels that are gone have counted stays.
+        all.retain(|bytes| {
+            let gone = Arc::strong_count(bytes) == 1;
+            if gone {
+                self.read_data(bytes.load(Ordering::Relaxed));
+            }
+            !gone
+        });
+        let bytes = Arc::new(CachePadded::new(AtomicU64::new(0)));
+        all.push(Arc::clone(&bytes));
+        ReadBytes(bytes)
+    }
+
     pub(crate) fn read_data(&self, bytes: u64) {
         add(&self.data_read, bytes);
     }
@@ -89,8 +123,10 @@ impl Counters {
     /// The counters as they are; the sizes are filled in by the caller.
     pub(crate) fn snapshot(&self) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let of_channels = self.of_channels.lock();
+        let short = of_channels.iter().map(|bytes| bytes.load(Ordering::Relaxed)).sum::<u64>();
         Stats {
-            data_read_bytes: get(&self.data_read),
+            data_read_bytes: get(&self.data_read) + short,
             data_written_bytes: get(&self.data_written),
             metadata_read_bytes: get(&self.metadata_read),
             metadata_written_bytes: get(&self.metadata_written),

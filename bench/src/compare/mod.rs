@@ -115,7 +115,8 @@ pub(crate) fn run(args: &CompareArgs) -> Result<()> {
     let on_device = rows.iter().any(|row| row.on_device);
     let bars = Bars::new(args.json);
     let named = args.device.is_some();
-    let lab = Lab::open(uri.clone(), named, on_device, args.force, args.seconds, args.clock, args.seed, bars)?;
+    let lab =
+        Lab::open(uri.clone(), named, on_device, args.force, args.seconds, args.clock, args.seed, bars)?;
     let uri = if on_device { &uri } else { "-" };
     out.line(format!("device {uri}, {} repeats of {} each side", args.repeats, units::time(args.seconds)))?;
     if args.clock == Clock::Cpu {

@@ -96,6 +96,10 @@ impl Channel {
     /// # Errors
     /// [`Error::DataChecksum`], [`Error::Io`], [`Error::Corrupt`].
     pub fn read(&self, file: &File, offset: u64, buf: &mut [u8]) -> Result<usize> {
+        self.core.check_mounted()?;
+        if self.read_short_copy(file, offset, buf) {
+            return Ok(buf.len());
+        }
         self.blocking(read::read_slice(&self.core, &self.shared.io, file.inner(), offset, buf))
     }
 
@@ -103,6 +107,11 @@ impl Channel {
     pub fn read_buf(&self, file: &File, offset: u64, buf: DmaBuf) -> (Result<usize>, DmaBuf) {
         match self.core.check_mounted() {
             Ok(()) => {
+                let len = buf.len();
+                let buf = match self.read_short(file, offset, buf) {
+                    Ok(buf) => return (Ok(len), buf),
+                    Err(buf) => buf,
+                };
                 let read = read::read_buf(&self.core, &self.shared.io, file.inner(), offset, buf);
                 let (result, buf) = self.block_on(read);
                 (result.map_err(|error| self.core.explain(error)), buf)

@@ -12,12 +12,13 @@ use std::sync::{Arc, Weak};
 use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 
-use bdev_adapter::{IoError, IoErrorKind, QueuePair, Request};
+use bdev_adapter::{DmaBuf, IoError, IoErrorKind, QueuePair, Request};
 
-use super::fast_read::{FastReads, Started};
+use super::fast_read::FastReads;
 use super::io::{Io, Shared};
 use super::operation::{Completion, Operation};
 use crate::core::Core;
+use crate::file::File;
 
 /// Tags with this bit are fast reads, the others are slots of [`Shared`].
 pub(super) const FAST_READ: u64 = 1 << 63;
@@ -59,6 +60,7 @@ pub(crate) struct Engine {
     completions: Vec<bdev_adapter::Completion>,
     outgoing: Vec<Request>,
     ready: Vec<u32>,
+    general: Vec<(Operation, u64)>,
 }
 
 impl Engine {
@@ -73,6 +75,7 @@ impl Engine {
             completions: Vec::new(),
             outgoing: Vec::new(),
             ready: Vec::new(),
+            general: Vec::new(),
         }
     }
 
@@ -100,7 +103,7 @@ impl Engine {
         let (core, io) = (Arc::clone(core), self.io.clone());
         self.spawn(async move {
             let (result, buf) = crate::dispatch::run(&core, &io, operation).await;
-            io.results.lock().push(Completion { tag, result, buf });
+            io.answer(Completion { tag, result, buf });
         });
     }
 
@@ -129,6 +132,7 @@ impl Engine {
                     self.finish_read(completion);
                 }
             }
+            self.reads.settle();
             if self.run_ready()
                 && let Some(queue_pair) = &mut self.queue_pair
             {
@@ -139,23 +143,26 @@ impl Engine {
         progress
     }
 
-    /// Starts the reads that were submitted since the last poll.
+    /// Starts the reads that were accepted since the last poll.
+    #[inline]
     fn start_reads(&mut self) -> bool {
-        let mut progress = false;
-        let mut general = Vec::new();
-        let Engine { reads, queue_pair, .. } = self;
-        let Some(queue_pair) = queue_pair else { return false };
-        while reads.start_some(|started| match started {
-            Started::Fast(request) => queue_pair.submit(request),
-            Started::General(operation, tag) => general.push((operation, tag)),
-        }) {
-            progress = true;
-        }
-        for (operation, tag) in general {
+        let Engine { reads, queue_pair: Some(queue_pair), general, .. } = self else { return false };
+        let progress = reads.start(&mut **queue_pair, general);
+        if !self.general.is_empty() {
             let core = Arc::clone(self.reads.core());
-            self.submit(&core, operation, tag);
+            for (operation, tag) in std::mem::take(&mut self.general) {
+                self.submit(&core, operation, tag);
+            }
         }
         progress
+    }
+
+    /// See [`FastReads::start_waited`].
+    pub(super) fn start_waited(&mut self, file: &File, offset: u64, buf: DmaBuf) -> Result<(), DmaBuf> {
+        match &mut self.queue_pair {
+            Some(queue_pair) => self.reads.start_waited(&mut **queue_pair, file, offset, buf),
+            None => Err(buf),
+        }
     }
 
     fn finish_read(&mut self, completion: bdev_adapter::Completion) {

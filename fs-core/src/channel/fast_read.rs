@@ -1,16 +1,31 @@
 //! The short way of a direct read: one extent, aligned, its checksums at hand.
 //!
 //! Such a read needs no task: it takes the file view, holds the generation, sends one device request, and verifies on
-//! completion. Reads that were submitted between two polls are looked up together, so that their cache misses overlap. Whatever does not fit (several extents, holes, end of file, mappings or checksums that are not in
-//! memory, unaligned edges) is refused here and goes the general way ([`crate::read`]). So is a read whose checksum does
-//! not match: the general way reads again and reports.
+//! completion. Reads that were submitted between two polls are looked up together, so that their cache misses overlap.
+//! Whatever does not fit (several extents, holes, end of file, mappings or checksums that are not in memory, unaligned edges)
+//! is refused here and goes the general way ([`crate::read`]). So is a read whose checksum does not match: the general way
+//! reads again and reports.
+//!
+//! The steps of a read:
+//!
+//! 1. [`Accepted::push`]: the channel's thread notes it, without a lock;
+//! 2. [`FastReads::accept`]: a poll hands over all that were noted;
+//! 3. [`FastReads::start`]: hold, look up ([`FastReads::look_up`]), and send, in batches of [`BATCH`];
+//! 4. [`FastReads::finish`]: verify while the bytes are hot, and answer.
+//!
+//! # Invariants
+//!
+//! - The hold on the open generation is published before the view is taken, and withdrawn when the device has answered.
+//! - A file has a handle in [`FastReads::files`] as long as one of its reads is at the device: one reference count for all
+//!   reads that were accepted in a row, as threads share it.
+//! - Nothing that other threads read or write is written for each read: holds and counters are in lines of the channel.
+//!
+//! What it does not do: several requests for a read, loading, waiting.
 
-use std::collections::VecDeque;
 use std::future::Future;
 use std::sync::Arc;
 
-use bdev_adapter::{DmaBuf, Request};
-use smallvec::SmallVec;
+use bdev_adapter::{DmaBuf, QueuePair, Request};
 
 use super::engine::FAST_READ;
 use super::holds::HoldSet;
@@ -18,65 +33,118 @@ use super::io::Io;
 use super::operation::{Completion, Operation, Output};
 use crate::core::Core;
 use crate::extent_map::{Entry, View};
-use crate::file::File;
+use crate::file::{File, FileInner};
 use crate::pieces;
+use crate::stats::ReadBytes;
 use crate::superblock::checksum32;
-use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation};
+use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, BlockAddr, FileBlock, Generation};
 
 /// Blocks whose checksums fit in the state of a fast read.
-const BLOCKS_MAX: usize = 8;
+pub(super) const BLOCKS_MAX: usize = 8;
 
 /// Reads that are looked up together: as many as the extent map descends for at a time.
 const BATCH: usize = 16;
 
-/// A read that was submitted and waits for the next poll.
-struct Queued {
-    file: File,
-    offset: u64,
-    buf: DmaBuf,
-    tag: u64,
+/// The place in [`FastReads::files`] of a read whose caller waits for it and keeps the file.
+const NO_FILE: u32 = u32::MAX;
+
+/// Reads that the channel's thread has accepted and not handed over yet. They belong to that thread alone.
+#[derive(Default)]
+pub(super) struct Accepted {
+    files: Vec<File>,
+    reads: Vec<Queued>,
 }
 
-/// A read at the device.
-struct FastRead {
-    file: File,
+/// A read that was accepted and waits for the next poll.
+struct Queued {
     offset: u64,
     tag: u64,
+    buf: DmaBuf,
+    /// Which of the files that were accepted with it.
+    file: u32,
+}
+
+impl Accepted {
+    pub(super) fn is_empty(&self) -> bool {
+        self.reads.is_empty()
+    }
+
+    #[inline]
+    pub(super) fn push(&mut self, file: &File, offset: u64, buf: DmaBuf, tag: u64) {
+        if !self.files.last().is_some_and(|last| last.is_clone_of(file)) {
+            self.files.push(file.clone());
+        }
+        let file = self.files.len() as u32 - 1;
+        self.reads.push(Queued { offset, tag, buf, file });
+    }
+
+    /// Gives them up, each with its tag.
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = (u64, DmaBuf)> {
+        self.files.clear();
+        self.reads.drain(..).map(|read| (read.tag, read.buf))
+    }
+}
+
+/// A read at the device. Slots are used again and again; a free one has whatever was there.
+struct Slot {
+    tag: u64,
+    offset: u64,
     hold: Generation,
-    len: usize,
+    /// Place in [`FastReads::files`], or [`NO_FILE`].
+    file: u32,
+    in_flight: bool,
     sums: [u32; BLOCKS_MAX],
 }
 
-/// The byte address on the device of a fast read, and the checksums of its blocks.
-type Located = (u64, [u32; BLOCKS_MAX]);
+/// A file of reads at the device.
+struct FileSlot {
+    file: Option<File>,
+    reads: u32,
+}
 
-/// Where a read goes on.
-pub(super) enum Started {
-    /// To the device.
-    Fast(Request),
-    /// The general way.
-    General(Operation, u64),
+/// How a read that its caller waits for came back.
+pub(super) enum Waited {
+    /// Read and verified.
+    Done(DmaBuf),
+    /// It has to be read the general way, again.
+    General(DmaBuf),
 }
 
 /// The fast reads of a channel.
 pub(crate) struct FastReads {
     core: Arc<Core>,
     holds: HoldSet,
-    queue: VecDeque<Queued>,
-    slots: Vec<Option<FastRead>>,
+    bytes: ReadBytes,
+    incoming: Accepted,
+    slots: Vec<Slot>,
     free: Vec<u32>,
+    files: Vec<FileSlot>,
+    free_files: Vec<u32>,
+    /// Withdrawn with the next [`FastReads::settle`]: so many holds on this generation.
+    ended: (Generation, u32),
+    /// Answers for [`Channel::poll`](super::Channel::poll).
     pub(super) done: Vec<Completion>,
+    /// The answer to the read of a blocking call, of which there is at most one.
+    pub(super) waited: Option<Waited>,
+    // Scratch, kept for its capacity.
+    adopted: Vec<u32>,
 }
 
 impl FastReads {
     pub(super) fn new(core: Arc<Core>, holds: HoldSet) -> FastReads {
         FastReads {
+            bytes: core.stats.read_bytes(),
             core,
             holds,
-            queue: VecDeque::new(),
+            incoming: Accepted::default(),
             slots: Vec::new(),
             free: Vec::new(),
+            files: Vec::new(),
+            free_files: Vec::new(),
+            ended: (Generation(0), 0),
             done: Vec::new(),
+            waited: None,
+            adopted: Vec::new(),
         }
     }
 
@@ -86,118 +154,280 @@ impl FastReads {
 
     /// Reads that are not finished.
     pub(super) fn active(&self) -> usize {
-        self.queue.len() + self.slots.len() - self.free.len()
+        self.incoming.reads.len() + self.slots.len() - self.free.len()
     }
 
-    /// Accepts a read; it starts with the next poll, together with all others that were accepted before it.
-    pub(super) fn push(&mut self, file: File, offset: u64, buf: DmaBuf, tag: u64) {
-        self.queue.push_back(Queued { file, offset, buf, tag });
+    /// Step 2. All that was accepted before has been started.
+    #[inline]
+    pub(super) fn accept(&mut self, accepted: &mut Accepted) {
+        debug_assert!(self.incoming.is_empty(), "reads were accepted twice without a poll");
+        std::mem::swap(&mut self.incoming, accepted);
     }
 
-    /// Starts up to [`BATCH`] queued reads, whose lookups overlap. False when none was queued.
-    pub(super) fn start_some(&mut self, mut start: impl FnMut(Started)) -> bool {
-        let count = self.queue.len().min(BATCH);
-        if count == 0 {
+    /// Step 3 for all reads that were handed over. What must go the general way is added to `general`, with its tag. False when
+    /// there was none.
+    pub(super) fn start(
+        &mut self,
+        queue_pair: &mut dyn QueuePair,
+        general: &mut Vec<(Operation, u64)>,
+    ) -> bool {
+        if self.incoming.is_empty() {
             return false;
         }
-        let hold = self.holds.acquire(self.core.open_generation());
-        let batch: SmallVec<[Queued; BATCH]> = self.queue.drain(..count).collect();
-        let located = self.look_up(&batch);
-        for (read, located) in batch.into_iter().zip(located) {
-            start(match located {
-                Some((addr, sums)) => self.send_fast(read, addr, sums),
-                None => {
-                    let Queued { file, offset, buf, tag } = read;
-                    Started::General(Operation::Read { file, offset, buf }, tag)
+        let mut incoming = std::mem::take(&mut self.incoming);
+        let mut adopted = std::mem::take(&mut self.adopted);
+        adopted.extend(incoming.files.iter().map(|_| self.take_file()));
+        let mut reads = incoming.reads.drain(..);
+        let mut bytes = 0;
+        while let count @ 1.. = reads.len().min(BATCH) {
+            // Published before the views are taken.
+            let hold = self.holds.acquire(self.core.open_generation(), count as u32);
+            let places = self.look_up(&incoming.files, &reads.as_slice()[..count]);
+            let mut refused = 0;
+            // (In this order: the one that ends takes nothing from the other.)
+            for (place, read) in places[..count].iter().zip(reads.by_ref()) {
+                let Queued { offset, tag, buf, file } = read;
+                let len = buf.len();
+                let slot = adopted[file as usize];
+                let started =
+                    place.and_then(|place| self.take_slot(place, len, Slot::new(tag, offset, hold, slot)));
+                if let Some((addr, index)) = started {
+                    bytes += len as u64;
+                    self.files[slot as usize].reads += 1;
+                    queue_pair.submit(Request::read(addr, buf, FAST_READ | u64::from(index)));
+                } else {
+                    refused += 1;
+                    let file = incoming.files[file as usize].clone();
+                    general.push((Operation::Read { file, offset, buf }, tag));
                 }
-            });
+            }
+            self.holds.release(hold, refused);
         }
-        self.holds.release(hold);
+        drop(reads);
+        self.bytes.add(bytes);
+        for (file, slot) in incoming.files.drain(..).zip(adopted.drain(..)) {
+            match self.files[slot as usize].reads {
+                0 => self.free_files.push(slot),
+                _ => self.files[slot as usize].file = Some(file),
+            }
+        }
+        (self.incoming, self.adopted) = (incoming, adopted);
         true
     }
 
-    /// Where the reads of `batch` lie; nothing for those that must go the general way.
-    fn look_up(&self, batch: &[Queued]) -> SmallVec<[Option<Located>; BATCH]> {
-        let guard = crate::extent_map::pin();
-        let mut entries = [Entry::EMPTY; BATCH];
-        let queries: SmallVec<[(View<'_>, FileBlock); BATCH]> = batch
-            .iter()
-            .map(|read| (read.file.inner().map.view(&guard), FileBlock::containing(read.offset)))
-            .collect();
-        View::lookup_across(&queries, &mut entries);
-        let found = batch.iter().zip(&queries).zip(&entries);
-        found
-            .map(|((read, (view, _)), entry)| self.locate(view.size(), entry, read.offset, read.buf.len()))
-            .collect()
+    /// Starts a read whose caller waits for it, and keeps `file` meanwhile. The answer comes in `waited`; the buffer comes back at
+    /// once if the read must go the general way.
+    pub(super) fn start_waited(
+        &mut self,
+        queue_pair: &mut dyn QueuePair,
+        file: &File,
+        offset: u64,
+        buf: DmaBuf,
+    ) -> Result<(), DmaBuf> {
+        let hold = self.holds.acquire(self.core.open_generation(), 1);
+        let read = [Queued { offset, tag: 0, buf, file: 0 }];
+        let place = self.look_up(std::slice::from_ref(file), &read)[0];
+        let [Queued { buf, .. }] = read;
+        let len = buf.len();
+        let started = place.and_then(|place| self.take_slot(place, len, Slot::new(0, offset, hold, NO_FILE)));
+        let Some((addr, index)) = started else {
+            self.holds.release(hold, 1);
+            return Err(buf);
+        };
+        self.bytes.add(len as u64);
+        queue_pair.submit(Request::read(addr, buf, FAST_READ | u64::from(index)));
+        Ok(())
     }
 
-    /// The device address of `len` bytes at `offset` and their checksums, when the read qualifies.
-    fn locate(&self, size: u64, entry: &Entry, offset: u64, len: usize) -> Option<Located> {
-        let blocks = len >> BLOCK_SHIFT;
-        let aligned = (offset | len as u64) & (BLOCK_SIZE as u64 - 1) == 0;
-        let inside = offset.checked_add(len as u64).is_some_and(|end| end <= size);
-        if !aligned || blocks == 0 || blocks > BLOCKS_MAX || !inside {
-            return None;
+    /// Where the reads of `batch` lie, at most [`BATCH`]; nothing for those that must go the general way.
+    fn look_up(&self, files: &[File], batch: &[Queued]) -> [Option<Place>; BATCH] {
+        let mut places = [None; BATCH];
+        let Some(first) = batch.first() else { return places };
+        let guard = crate::extent_map::pin();
+        let view_of = |file: u32| {
+            let file = files[file as usize].inner();
+            let view = file.map.view(&guard);
+            (view, self.bypasses_cache(file, &view))
+        };
+        let (mut file, (mut view, mut direct)) = (first.file, view_of(first.file));
+        let mut queries = [(view, FileBlock(0)); BATCH];
+        let mut fits = 0_u32;
+        for (index, (read, query)) in batch.iter().zip(&mut queries).enumerate() {
+            if read.file != file {
+                file = read.file;
+                (view, direct) = view_of(file);
+            }
+            *query = (view, FileBlock::containing(read.offset));
+            fits |= u32::from(direct && is_short_and_whole(read, view.size())) << index;
         }
-        let (addr, inline) = pieces::single(entry, FileBlock::containing(offset), blocks as u64)?;
-        let mut sums = [0; BLOCKS_MAX];
-        if self.core.options.verify_data {
-            match inline {
-                Some(sum) => sums[0] = sum,
-                None if self.core.checksums.lookup_into(addr, &mut sums[..blocks]) => {}
-                None => return None,
+        let mut entries = [Entry::EMPTY; BATCH];
+        View::lookup_across(&queries[..batch.len()], &mut entries);
+        let mut elsewhere = 0;
+        for (index, (read, place)) in batch.iter().zip(&mut places).enumerate() {
+            if fits & 1 << index != 0 {
+                let blocks = (read.buf.len() >> BLOCK_SHIFT) as u64;
+                *place = pieces::single(&entries[index], FileBlock::containing(read.offset), blocks)
+                    .map(|(addr, sum)| Place { addr, sum });
+                elsewhere += u32::from(place.is_some_and(|place| place.sum.is_none()));
             }
         }
-        Some((self.core.locate(addr), sums))
+        if elsewhere > 0 && self.core.options.verify_data {
+            self.prefetch_sums(&places);
+        }
+        places
     }
 
-    fn send_fast(&mut self, read: Queued, addr: u64, sums: [u32; BLOCKS_MAX]) -> Started {
-        let Queued { file, offset, buf, tag } = read;
-        // The batch holds the generation while this takes a hold of its own.
-        let hold = self.holds.acquire(self.core.open_generation());
-        let read = FastRead { file, offset, tag, hold, len: buf.len(), sums };
-        let index = match self.free.pop() {
-            Some(index) => {
-                self.slots[index as usize] = Some(read);
+    /// Whether the cached pages of `file` have nothing to say about what `view` shows: it may be read from the device. To be
+    /// asked after the view was taken. (There is no page cache yet. When there is: none of its pages may be newer than the
+    /// device, and then the view must still be the current one.)
+    #[inline]
+    fn bypasses_cache(&self, file: &FileInner, view: &View<'_>) -> bool {
+        file.map.is_current(view)
+    }
+
+    /// Asks the processor for the checksums that are not in the extents themselves.
+    #[cold]
+    fn prefetch_sums(&self, places: &[Option<Place>]) {
+        let elsewhere = || places.iter().flatten().filter(|place| place.sum.is_none());
+        elsewhere().for_each(|place| self.core.checksums.prefetch(place.addr));
+        elsewhere().for_each(|place| self.core.checksums.prefetch_sum(place.addr));
+    }
+
+    /// A slot for `read` of `len` bytes at `place` with the checksums of its blocks, and the byte address on the device. Nothing
+    /// if a checksum is not at hand.
+    #[inline]
+    fn take_slot(&mut self, place: Place, len: usize, read: Slot) -> Option<(u64, u32)> {
+        let index = match self.free.last() {
+            Some(index) => *index,
+            None => {
+                self.slots.push(Slot::EMPTY);
+                let index = (self.slots.len() - 1) as u32;
+                self.free.push(index);
                 index
             }
-            None => {
-                self.slots.push(Some(read));
-                (self.slots.len() - 1) as u32
-            }
         };
-        self.core.stats.read_data(buf.len() as u64);
-        Started::Fast(Request::read(addr, buf, FAST_READ | u64::from(index)))
+        let slot = &mut self.slots[index as usize];
+        if let Some(sum) = place.sum {
+            slot.sums[0] = sum;
+        } else if self.core.options.verify_data {
+            let sums = slot.sums.get_mut(..len >> BLOCK_SHIFT)?;
+            if !self.core.checksums.lookup_into(place.addr, sums) {
+                return None;
+            }
+        }
+        self.free.pop();
+        (slot.tag, slot.offset) = (read.tag, read.offset);
+        (slot.hold, slot.file, slot.in_flight) = (read.hold, read.file, true);
+        Some((self.core.locate(place.addr), index))
     }
 
-    /// Takes the device's answer. A read that has to be repeated the general way is returned as a task.
+    fn take_file(&mut self) -> u32 {
+        self.free_files.pop().unwrap_or_else(|| {
+            self.files.push(FileSlot { file: None, reads: 0 });
+            (self.files.len() - 1) as u32
+        })
+    }
+
+    /// Step 4: takes the device's answer. A read that has to be repeated the general way is returned as a task. The hold ends
+    /// with the next [`settle`](Self::settle).
+    #[inline]
     pub(super) fn finish(
         &mut self,
         completion: bdev_adapter::Completion,
         io: &Io,
     ) -> Option<impl Future<Output = ()> + Send + use<>> {
         let index = (completion.tag & !FAST_READ) as u32;
-        let read = self.slots[index as usize].take()?;
+        // A device that answers twice breaks its contract; the second answer is to nothing.
+        let slot = self.slots.get_mut(index as usize).filter(|slot| slot.in_flight)?;
+        slot.in_flight = false;
+        let (tag, offset, hold, file) = (slot.tag, slot.offset, slot.hold, slot.file);
         self.free.push(index);
-        self.holds.release(read.hold);
         let buf = completion.bufs.into_one()?;
-        if completion.result.is_ok() && self.verified(&read, &buf) {
-            self.done.push(Completion { tag: read.tag, result: Ok(Output::Bytes(read.len)), buf: Some(buf) });
+        let good = completion.result.is_ok()
+            && (!self.core.options.verify_data || verified(&buf, &self.slots[index as usize].sums));
+        self.end_hold(hold);
+        if file == NO_FILE {
+            self.waited = Some(if good { Waited::Done(buf) } else { Waited::General(buf) });
             return None;
         }
-        let (core, io) = (Arc::clone(&self.core), io.clone());
+        if good {
+            let result = Ok(Output::Bytes(buf.len()));
+            self.done.push(Completion { tag, result, buf: Some(buf) });
+            self.end_file(file);
+            return None;
+        }
+        let again = self.files[file as usize].file.clone();
+        self.end_file(file);
+        let (core, io, file) = (Arc::clone(&self.core), io.clone(), again?);
         Some(async move {
-            let (result, buf) = crate::read::read_buf(&core, &io, read.file.inner(), read.offset, buf).await;
-            io.results.lock().push(Completion {
-                tag: read.tag,
-                result: result.map(Output::Bytes),
-                buf: Some(buf),
-            });
+            let (result, buf) = crate::read::read_buf(&core, &io, file.inner(), offset, buf).await;
+            io.answer(Completion { tag, result: result.map(Output::Bytes), buf: Some(buf) });
         })
     }
 
-    fn verified(&self, read: &FastRead, buf: &[u8]) -> bool {
-        !self.core.options.verify_data
-            || buf.chunks_exact(BLOCK_SIZE).zip(read.sums).all(|(block, sum)| checksum32(block) == sum)
+    /// One read of the file in `slot` is over.
+    #[inline]
+    fn end_file(&mut self, slot: u32) {
+        let file = &mut self.files[slot as usize];
+        file.reads -= 1;
+        if file.reads == 0 {
+            file.file = None;
+            self.free_files.push(slot);
+        }
     }
+
+    #[inline]
+    fn end_hold(&mut self, generation: Generation) {
+        if self.ended.0 != generation {
+            self.settle();
+            self.ended.0 = generation;
+        }
+        self.ended.1 += 1;
+    }
+
+    /// Withdraws the holds of the reads that were finished.
+    #[inline]
+    pub(super) fn settle(&mut self) {
+        if self.ended.1 > 0 {
+            self.holds.release(self.ended.0, std::mem::take(&mut self.ended.1));
+        }
+    }
+}
+
+/// Where a read lies.
+#[derive(Clone, Copy)]
+struct Place {
+    addr: BlockAddr,
+    /// The checksum of a read of one block, if it is in the extent.
+    sum: Option<u32>,
+}
+
+impl Slot {
+    const EMPTY: Slot = Slot {
+        tag: 0,
+        offset: 0,
+        hold: Generation(0),
+        file: NO_FILE,
+        in_flight: false,
+        sums: [0; BLOCKS_MAX],
+    };
+
+    #[inline(always)]
+    fn new(tag: u64, offset: u64, hold: Generation, file: u32) -> Slot {
+        Slot { tag, offset, hold, file, ..Slot::EMPTY }
+    }
+}
+
+/// Whether a read is of whole blocks, few enough, in a file of `size` bytes.
+#[inline(always)]
+fn is_short_and_whole(read: &Queued, size: u64) -> bool {
+    let len = read.buf.len() as u64;
+    let whole = (read.offset | len) & (BLOCK_SIZE as u64 - 1) == 0;
+    let inside = read.offset.checked_add(len).is_some_and(|end| end <= size);
+    whole && inside && (1..=BLOCKS_MAX as u64).contains(&(len >> BLOCK_SHIFT))
+}
+
+#[inline(always)]
+fn verified(buf: &[u8], sums: &[u32]) -> bool {
+    buf.chunks_exact(BLOCK_SIZE).zip(sums).all(|(block, sum)| checksum32(block) == *sum)
 }

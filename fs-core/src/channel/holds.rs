@@ -56,21 +56,22 @@ pub(crate) struct HoldSet {
 }
 
 impl HoldSet {
-    /// Publishes a hold on `open`, the open generation; must be called before the file view is taken.
+    /// Publishes `reads` holds on `open`, the open generation; must be called before the file views are taken. Returns the
+    /// generation that is held.
     #[inline]
-    pub(crate) fn acquire(&mut self, open: Generation) -> Generation {
+    pub(crate) fn acquire(&mut self, open: Generation, reads: u32) -> Generation {
         match self.counts.back_mut() {
             // An older or equal hold is published already, and covers this read too.
             Some((generation, count)) if *generation >= open.0 => {
-                *count += 1;
+                *count += reads;
                 Generation(*generation)
             }
             Some(_) => {
-                self.counts.push_back((open.0, 1));
+                self.counts.push_back((open.0, reads));
                 open
             }
             None => {
-                self.counts.push_back((open.0, 1));
+                self.counts.push_back((open.0, reads));
                 self.published.store(open.0, Ordering::Relaxed);
                 // Pairs with the fence in `Registry::oldest`.
                 fence(Ordering::SeqCst);
@@ -79,11 +80,12 @@ impl HoldSet {
         }
     }
 
-    /// Withdraws one hold on `generation`.
+    /// Withdraws `reads` holds on `generation`.
     #[inline]
-    pub(crate) fn release(&mut self, generation: Generation) {
+    pub(crate) fn release(&mut self, generation: Generation, reads: u32) {
         if let Some(entry) = self.counts.iter_mut().find(|e| e.0 == generation.0) {
-            entry.1 -= 1;
+            debug_assert!(entry.1 >= reads, "a hold was withdrawn twice");
+            entry.1 = entry.1.saturating_sub(reads);
         }
         if self.counts.front().is_some_and(|e| e.1 == 0) {
             while self.counts.front().is_some_and(|e| e.1 == 0) {
@@ -111,15 +113,15 @@ mod tests {
         let registry = Registry::default();
         let (mut a, mut b) = (registry.add(), registry.add());
         assert_eq!(registry.oldest(), None);
-        let g5 = a.acquire(Generation(5));
-        let g6 = b.acquire(Generation(6));
-        let g7 = a.acquire(Generation(7));
+        let g5 = a.acquire(Generation(5), 1);
+        let g6 = b.acquire(Generation(6), 1);
+        let g7 = a.acquire(Generation(7), 1);
         assert_eq!(registry.oldest(), Some(Generation(5)));
-        a.release(g5);
+        a.release(g5, 1);
         assert_eq!(registry.oldest(), Some(Generation(6)));
-        b.release(g6);
+        b.release(g6, 1);
         assert_eq!(registry.oldest(), Some(Generation(7)));
-        a.release(g7);
+        a.release(g7, 1);
         assert_eq!(registry.oldest(), None);
     }
 
@@ -127,14 +129,14 @@ mod tests {
     fn holds_end_out_of_order() {
         let registry = Registry::default();
         let mut set = registry.add();
-        let g1 = set.acquire(Generation(1));
-        let g2 = set.acquire(Generation(2));
-        let again = set.acquire(Generation(2));
-        set.release(g2);
+        let g1 = set.acquire(Generation(1), 1);
+        let g2 = set.acquire(Generation(2), 1);
+        let again = set.acquire(Generation(2), 1);
+        set.release(g2, 1);
         assert_eq!(registry.oldest(), Some(Generation(1)));
-        set.release(g1);
+        set.release(g1, 1);
         assert_eq!(registry.oldest(), Some(Generation(2)));
-        set.release(again);
+        set.release(again, 1);
         assert_eq!(registry.oldest(), None);
     }
 
@@ -142,7 +144,7 @@ mod tests {
     fn a_dropped_channel_holds_nothing() {
         let registry = Registry::default();
         let mut set = registry.add();
-        set.acquire(Generation(1));
+        set.acquire(Generation(1), 1);
         drop(set);
         assert_eq!(registry.oldest(), None);
     }

@@ -42,7 +42,9 @@ pub(crate) struct Shared {
     /// Tasks to run.
     ready: Mutex<Vec<u32>>,
     /// Results of finished operations that were submitted with a tag.
-    pub(crate) results: Mutex<Vec<operation::Completion>>,
+    results: Mutex<Vec<operation::Completion>>,
+    /// There are some. Set and cleared under the lock of `results`; a look without it only saves taking it.
+    has_results: AtomicBool,
     /// Set when `ready` or the outbox got something. Release on set pairs with acquire in `take_signal`.
     signal: AtomicBool,
     /// The thread that waits in a blocking call, to be unparked when a task becomes ready.
@@ -70,6 +72,7 @@ impl Io {
             io: Mutex::new(IoState { outbox: Vec::new(), slots: Vec::new(), free: NO_SLOT }),
             ready: Mutex::new(Vec::new()),
             results: Mutex::new(Vec::new()),
+            has_results: AtomicBool::new(false),
             signal: AtomicBool::new(false),
             sleeper: Mutex::new(None),
             holds: Mutex::new(holds),
@@ -122,6 +125,24 @@ impl Io {
 }
 
 impl Shared {
+    /// Keeps the result of an operation until the channel's thread asks for it.
+    pub(super) fn answer(&self, completion: operation::Completion) {
+        let mut results = self.results.lock();
+        results.push(completion);
+        // Release: pairs with the acquire in `take_results`.
+        self.has_results.store(true, Ordering::Release);
+    }
+
+    /// Appends the results that are there.
+    #[inline]
+    pub(super) fn take_results(&self, into: &mut Vec<operation::Completion>) {
+        if self.has_results.load(Ordering::Acquire) {
+            let mut results = self.results.lock();
+            into.append(&mut results);
+            self.has_results.store(false, Ordering::Relaxed);
+        }
+    }
+
     fn raise(&self) {
         self.signal.store(true, Ordering::Release);
     }

@@ -2,7 +2,7 @@
 //!
 //! A thread opens a [`Channel`], submits operations and polls it; see the crate documentation for the model. The parts, in the
 //! order in which an operation meets them: [`operation`] (what can be asked), [`engine`] (drives operations), [`io`] (how they
-//! reach the device), [`fast_read`] (the short way of a direct read), [`holds`] (what a read keeps from reuse),
+//! reach the device), [`fast_read`] (the short way of a direct read) and [`short_read`] (to wait for one), [`holds`] (what a read keeps from reuse),
 //! [`future`] and the blocking calls in [`calls`].
 
 mod calls;
@@ -13,8 +13,9 @@ mod future;
 pub(crate) mod holds;
 pub(crate) mod io;
 pub(crate) mod operation;
+mod short_read;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::marker::PhantomData;
 use std::pin::pin;
@@ -31,11 +32,12 @@ pub use future::OpFuture;
 pub use space_calls::Extents;
 
 use self::engine::Engine;
-use self::fast_read::FastReads;
+use self::fast_read::{Accepted, FastReads};
 use self::io::Io;
 use self::operation::{Completion, Operation};
 use crate::core::Core;
 use crate::error::{Error, Result};
+use crate::file::File;
 
 /// Polls without progress before a blocking call goes to sleep.
 const SPINS_BEFORE_SLEEP: u32 = 4000;
@@ -58,10 +60,6 @@ impl ChannelCore {
         let reads = FastReads::new(Arc::clone(core), core.holds.add());
         let engine = Mutex::new(Engine::new(queue_pair, io.clone(), reads));
         ChannelCore { engine, io, polled_at: AtomicU64::new(0), retired: AtomicBool::new(false) }
-    }
-
-    fn drive(&self) -> bool {
-        self.engine.lock().poll()
     }
 
     /// Drives the channel on behalf of somebody else, unless its own thread has done so after tick `since`. True when it has
@@ -143,6 +141,10 @@ pub struct Channel {
     block_waker: Arc<BlockWaker>,
     waker: Waker,
     in_flight: Cell<usize>,
+    /// Reads that no poll has handed to the engine yet: they are accepted without a lock.
+    accepted: RefCell<Accepted>,
+    /// For short reads through a copy.
+    bounce: Cell<Option<DmaBuf>>,
     not_send: PhantomData<*const ()>,
 }
 
@@ -163,6 +165,8 @@ impl Channel {
             waker: Waker::from(Arc::clone(&block_waker)),
             block_waker,
             in_flight: Cell::new(0),
+            accepted: RefCell::default(),
+            bounce: Cell::new(None),
             not_send: PhantomData,
         })
     }
@@ -175,19 +179,47 @@ impl Channel {
         self.shared.io.buffer(len)
     }
 
-    /// Accepts an operation; its answer comes from [`poll`](Self::poll) with `tag`. Never blocks.
+    /// Accepts an operation; its answer comes from [`poll`](Self::poll) with `tag`. Never blocks. A read starts with the next
+    /// poll (or blocking call, or future) of this channel.
     pub fn submit(&self, operation: Operation, tag: u64) {
+        if let Operation::Read { file, offset, buf } = operation {
+            return self.submit_read(&file, offset, buf, tag);
+        }
         self.in_flight.set(self.in_flight.get() + 1);
         let mut engine = self.shared.engine.lock();
         if engine.queue_pair.is_none() || self.core.check_mounted().is_err() {
             drop(engine);
-            let buf = crate::dispatch::into_buf(operation);
-            self.shared.io.results.lock().push(Completion { tag, result: Err(Error::Unmounted), buf });
+            self.refuse(tag, crate::dispatch::into_buf(operation));
+        } else {
+            engine.submit(&self.core, operation, tag);
+        }
+    }
+
+    /// As [`submit`](Self::submit) of [`Operation::Read`], and cheaper: reads of one file in a row share one reference to it.
+    #[inline]
+    pub fn submit_read(&self, file: &File, offset: u64, buf: DmaBuf, tag: u64) {
+        self.in_flight.set(self.in_flight.get() + 1);
+        if self.core.check_mounted().is_err() {
+            return self.refuse(tag, Some(buf));
+        }
+        self.accepted.borrow_mut().push(file, offset, buf, tag);
+    }
+
+    #[cold]
+    fn refuse(&self, tag: u64, buf: Option<DmaBuf>) {
+        self.shared.io.answer(Completion { tag, result: Err(Error::Unmounted), buf });
+    }
+
+    /// Hands the accepted reads over to the engine; it is to be polled next.
+    #[inline]
+    fn hand_over(&self, engine: &mut Engine) {
+        let mut accepted = self.accepted.borrow_mut();
+        if accepted.is_empty() {
             return;
         }
-        match operation {
-            Operation::Read { file, offset, buf } => engine.reads.push(file, offset, buf, tag),
-            other => engine.submit(&self.core, other, tag),
+        match engine.queue_pair {
+            Some(_) => engine.reads.accept(&mut accepted),
+            None => accepted.drain().for_each(|(tag, buf)| self.refuse(tag, Some(buf))),
         }
     }
 
@@ -196,14 +228,16 @@ impl Channel {
         let before = completions.len();
         self.stamp();
         let mut engine = self.shared.engine.lock();
+        self.hand_over(&mut engine);
         engine.poll();
-        completions.append(&mut engine.reads.done);
-        drop(engine);
-        let mut results = self.shared.io.results.lock();
-        if !results.is_empty() {
-            completions.append(&mut results);
+        let done = &mut engine.reads.done;
+        if completions.is_empty() && completions.capacity() >= done.len() {
+            std::mem::swap(completions, done);
+        } else {
+            completions.append(done);
         }
-        drop(results);
+        drop(engine);
+        self.shared.io.take_results(completions);
         let count = completions.len() - before;
         self.in_flight.set(self.in_flight.get() - count);
         count
@@ -244,7 +278,9 @@ impl Channel {
 
     pub(crate) fn drive(&self) -> bool {
         self.stamp();
-        self.shared.drive()
+        let mut engine = self.shared.engine.lock();
+        self.hand_over(&mut engine);
+        engine.poll()
     }
 
     fn stamp(&self) {
@@ -253,6 +289,10 @@ impl Channel {
 
     /// Sleeps in the device when it owes an answer, else until somebody wakes this thread.
     fn nap(&self, timeout: Duration) {
+        // What a poll would advance is no reason to sleep.
+        if !self.accepted.borrow().is_empty() {
+            return;
+        }
         let mut engine = self.shared.engine.lock();
         if self.shared.io.signalled() {
             return;
@@ -291,6 +331,7 @@ impl Channel {
 impl Drop for Channel {
     fn drop(&mut self) {
         // Operations in flight go on: the mount keeps the engine and its helper, or any waiting thread, drives it.
+        self.hand_over(&mut self.shared.engine.lock());
         self.core.retire_channel(&self.shared);
     }
 }
