@@ -125,13 +125,18 @@ impl Engine {
         let mut completions = std::mem::take(&mut self.completions);
         if queue_pair.poll(&mut completions) > 0 {
             progress = true;
-            for completion in completions.drain(..) {
+            let mut answers = completions.drain(..);
+            while let Some(completion) = answers.next() {
+                if let Some(next) = answers.as_slice().first() {
+                    self.reads.prefetch(next);
+                }
                 if completion.tag & FAST_READ == 0 {
                     self.io.complete(completion);
                 } else {
                     self.finish_read(completion);
                 }
             }
+            drop(answers);
             self.reads.settle();
             if self.run_ready()
                 && let Some(queue_pair) = &mut self.queue_pair

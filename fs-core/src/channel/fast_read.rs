@@ -25,14 +25,14 @@
 use std::future::Future;
 use std::sync::Arc;
 
-use bdev_adapter::{DmaBuf, QueuePair, Request};
+use bdev_adapter::{DmaBuf, QueuePair, Request, Segments};
 
 use super::engine::FAST_READ;
 use super::holds::HoldSet;
 use super::io::Io;
 use super::operation::{Completion, Operation, Output};
 use crate::core::Core;
-use crate::extent_map::{Entry, View};
+use crate::extent_map::{Entry, View, prefetch_read};
 use crate::file::{File, FileInner};
 use crate::pieces;
 use crate::stats::ReadBytes;
@@ -43,7 +43,7 @@ use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, BlockAddr, FileBlock, Generation};
 pub(super) const BLOCKS_MAX: usize = 8;
 
 /// Reads that are looked up together: as many as the extent map descends for at a time.
-const BATCH: usize = 16;
+const BATCH: usize = 32;
 
 /// The place in [`FastReads::files`] of a read whose caller waits for it and keeps the file.
 const NO_FILE: u32 = u32::MAX;
@@ -243,6 +243,7 @@ impl FastReads {
     fn look_up(&self, files: &[File], batch: &[Queued]) -> [Option<Place>; BATCH] {
         let mut places = [None; BATCH];
         let Some(first) = batch.first() else { return places };
+        debug_assert!(self.holds.holds_any(), "a view is taken that nothing holds");
         let guard = crate::extent_map::pin();
         let view_of = |file: u32| {
             let file = files[file as usize].inner();
@@ -326,6 +327,17 @@ impl FastReads {
             self.files.push(FileSlot { file: None, reads: 0 });
             (self.files.len() - 1) as u32
         })
+    }
+
+    /// Asks the processor for the bytes that will be verified next: the device has put them somewhere near, but not that near.
+    #[inline]
+    pub(super) fn prefetch(&self, next: &bdev_adapter::Completion) {
+        if let Segments::One(buf) = &next.bufs
+            && buf.len() == BLOCK_SIZE
+            && self.core.options.verify_data
+        {
+            buf.chunks(64).for_each(|line| prefetch_read(&line[0]));
+        }
     }
 
     /// Step 4: takes the device's answer. A read that has to be repeated the general way is returned as a task. The hold ends

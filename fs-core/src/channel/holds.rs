@@ -80,6 +80,11 @@ impl HoldSet {
         }
     }
 
+    /// Whether something is held.
+    pub(crate) fn holds_any(&self) -> bool {
+        self.counts.iter().any(|(_, reads)| *reads > 0)
+    }
+
     /// Withdraws `reads` holds on `generation`.
     #[inline]
     pub(crate) fn release(&mut self, generation: Generation, reads: u32) {

@@ -1,5 +1,5 @@
 //! The memory of the map: nodes, the published view, and their reclamation. All `unsafe` of the module is here (but for the
-//! processor instructions in [`super::cpu`]).
+//! processor instructions in [`super::cpu`] and the allocator of nodes in [`super::arena`]).
 //!
 //! How it holds together:
 //!
@@ -14,7 +14,6 @@
 //! [`NodeRef::open`] is a safe function under the module's contract that a `NodeRef` is only ever taken from a view or node
 //! that was itself reached under the same [`Reach`], or made by the writer that holds it and not published yet.
 
-use std::alloc::{self, Layout};
 use std::cell::RefCell;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
@@ -22,6 +21,7 @@ use std::sync::atomic::Ordering;
 
 use crossbeam_epoch::{Atomic, Guard, Owned};
 
+use super::arena;
 use super::cpu::prefetch;
 use super::mutation::{Mutation, broken};
 use super::node::{Directory, Group, Inner, InnerGroup, LINE, Leaf, LeafGroup, MAX_GROUPS};
@@ -87,12 +87,7 @@ impl NodeRef {
 
     /// Bytes it occupies.
     pub(super) fn bytes(self) -> usize {
-        (self.groups() + 1) * LINE
-    }
-
-    fn layout(groups: usize) -> Layout {
-        // SAFETY: the alignment is a power of two, and at most 17 lines are far from overflowing an isize.
-        unsafe { Layout::from_size_align_unchecked((groups + 1) * LINE, LINE) }
+        arena::lines(self.groups()) * LINE
     }
 
     /// The node's first line, which is the same in both kinds.
@@ -173,7 +168,7 @@ impl NodeRef {
 }
 
 /// Freed nodes that a thread keeps for its next allocations, by groups. A random overwrite frees nodes of the very sizes
-/// that the next one needs, and the general allocator is slow at aligned blocks of a kilobyte.
+/// that the next one needs, and the arena has a lock.
 struct Spare([Vec<NonNull<u8>>; MAX_GROUPS]);
 
 /// Nodes of a size that a thread keeps: 320 KiB in the worst case, some 40 in practice.
@@ -187,8 +182,8 @@ impl Drop for Spare {
     fn drop(&mut self) {
         for (index, spare) in self.0.iter_mut().enumerate() {
             for base in spare.drain(..) {
-                // SAFETY: `give_memory` put it here under the size it was allocated with, and whoever takes one removes it.
-                unsafe { alloc::dealloc(base.as_ptr(), NodeRef::layout(index + 1)) }
+                // SAFETY: `give_memory` put it here under the size it was taken with, and whoever takes one removes it.
+                unsafe { arena::give(base, index + 1) }
             }
         }
     }
@@ -198,19 +193,13 @@ impl Drop for Spare {
 #[inline(always)]
 fn take_memory(groups: usize) -> NonNull<u8> {
     let spare = SPARE.try_with(|spare| spare.borrow_mut().0[groups - 1].pop());
-    if let Ok(Some(base)) = spare {
-        return base;
-    }
-    let layout = NodeRef::layout(groups);
-    // SAFETY: the layout is at least two lines, so not empty.
-    let base = unsafe { alloc::alloc(layout) };
-    NonNull::new(base).unwrap_or_else(|| alloc::handle_alloc_error(layout))
+    if let Ok(Some(base)) = spare { base } else { arena::take(groups) }
 }
 
 /// Takes back what [`take_memory`] gave.
 ///
 /// # Safety
-/// `base` came from `take_memory(groups)`, and nobody uses it any more.
+/// `base` came from `take_memory(groups)`, is given back once, and nobody uses it any more.
 unsafe fn give_memory(base: NonNull<u8>, groups: usize) {
     let kept = SPARE.try_with(|spare| {
         let spare = &mut spare.borrow_mut().0[groups - 1];
@@ -221,8 +210,8 @@ unsafe fn give_memory(base: NonNull<u8>, groups: usize) {
         room
     });
     if kept != Ok(true) {
-        // SAFETY: allocated by `take_memory` (perhaps long ago) with this layout; the caller vouches that it is unused.
-        unsafe { alloc::dealloc(base.as_ptr(), NodeRef::layout(groups)) }
+        // SAFETY: from the arena, by way of `take_memory` (perhaps long ago); the caller vouches for the rest.
+        unsafe { arena::give(base, groups) }
     }
 }
 

@@ -47,6 +47,7 @@
 //! Algorithms: path copying as in Rodeh, "B-trees, shadowing, and clones" (ACM TOS 2008); epochs after Fraser, "Practical
 //! lock-freedom" (2004), by crossbeam-epoch; the two-line node after the cache-line B+trees of Rao and Ross (SIGMOD 2000).
 
+mod arena;
 mod check;
 mod cpu;
 mod draft;

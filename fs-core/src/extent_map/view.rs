@@ -16,7 +16,7 @@ use crate::types::FileBlock;
 pub struct FileVersion(pub u64);
 
 /// Lookups that [`View::lookup_batch`] and [`View::lookup_across`] keep in flight together.
-pub const LOOKUP_LANES: usize = 16;
+pub const LOOKUP_LANES: usize = 32;
 
 /// One segment of the file: 2^30 blocks.
 #[derive(Clone, Copy, Debug)]
@@ -178,8 +178,7 @@ impl fmt::Debug for View<'_> {
 
 /// Up to [`LOOKUP_LANES`] descents in step: one level of all of them, then the next level of all.
 struct Lanes {
-    count: usize,
-    at: [Option<Lane>; LOOKUP_LANES],
+    at: SmallVec<[Lane; LOOKUP_LANES]>,
 }
 
 /// A descent under way.
@@ -196,31 +195,28 @@ struct Lane {
 impl Lanes {
     #[inline(always)]
     fn new() -> Lanes {
-        Lanes { count: 0, at: [None; LOOKUP_LANES] }
+        Lanes { at: SmallVec::new() }
     }
 
     #[inline(always)]
     fn add(&mut self, root: NodeRef, block: FileBlock, index: usize) {
         root.prefetch(0);
-        if let Some(free) = self.at.get_mut(self.count) {
-            *free = Some(Lane { node: root, block, end: SEGMENT_BLOCKS, group: 0, index });
-            self.count += 1;
-        }
+        self.at.push(Lane { node: root, block, end: SEGMENT_BLOCKS, group: 0, index });
     }
 
     /// Descends to the leaves and writes what is found into `entries`.
     #[inline(always)]
-    fn finish(&mut self, entries: &mut [Entry], reach: Reach<'_>) {
-        let lanes = &mut self.at[..self.count];
+    fn finish(mut self, entries: &mut [Entry], reach: Reach<'_>) {
+        let lanes = &mut self.at[..];
         loop {
             // The directories are on their way since the last step: find the groups and ask for those.
-            for lane in lanes.iter_mut().flatten() {
+            for lane in lanes.iter_mut() {
                 let group = lane.node.directory(reach).group_of(key_of(lane.block));
                 lane.node.prefetch(group + 1);
                 lane.group = group as u32;
             }
             let mut descended = false;
-            for lane in lanes.iter_mut().flatten() {
+            for lane in lanes.iter_mut() {
                 if let Node::Inner(inner) = lane.node.open(reach) {
                     (lane.node, lane.end) = inner.find_in(lane.group as usize, key_of(lane.block), lane.end);
                     lane.node.prefetch(0);
@@ -231,7 +227,7 @@ impl Lanes {
                 break;
             }
         }
-        for lane in lanes.iter().flatten() {
+        for lane in lanes.iter() {
             if let (Node::Leaf(leaf), Some(entry)) = (lane.node.open(reach), entries.get_mut(lane.index)) {
                 let piece = leaf.find_in(lane.group as usize, key_of(lane.block), lane.end);
                 *entry = in_file(lane.block, piece);
