@@ -7,7 +7,7 @@ mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bdev_adapter::mem::MemDevice;
 use bdev_adapter::{
@@ -19,18 +19,25 @@ use fs_core::{Channel, Error, File, Filesystem, MountOptions, OpenFlags, Output}
 
 const LEN: usize = BLOCK as usize;
 
-/// Keeps reads from the device as long as it is shut, and spoils answers when it is told to.
+/// Keeps one read from the device as long as it is shut, the first that comes then (others may be of metadata, that a write
+/// waits for), and spoils answers when it is told to.
 #[derive(Debug)]
 struct Gate {
     inner: Arc<dyn Device>,
     shut: AtomicBool,
+    keeps: AtomicBool,
     spoil: AtomicU32,
 }
 
 impl Gate {
     fn over(bytes: u64) -> Arc<Gate> {
         let inner = MemDevice::new(bytes, BLOCK as u32).unwrap();
-        Arc::new(Gate { inner, shut: AtomicBool::new(false), spoil: AtomicU32::new(0) })
+        Arc::new(Gate {
+            inner,
+            shut: AtomicBool::new(false),
+            keeps: AtomicBool::new(false),
+            spoil: AtomicU32::new(0),
+        })
     }
 }
 
@@ -73,7 +80,8 @@ struct GateQueue {
 
 impl QueuePair for GateQueue {
     fn submit(&mut self, request: Request) {
-        if request.kind == Kind::Read && self.gate.shut.load(Ordering::SeqCst) {
+        let shut = request.kind == Kind::Read && self.gate.shut.load(Ordering::SeqCst);
+        if shut && !self.gate.keeps.swap(true, Ordering::SeqCst) {
             self.kept.push(request);
         } else {
             self.inner.submit(request);
@@ -188,10 +196,12 @@ fn a_late_read(late: impl FnOnce(&Filesystem, &File, &Gate)) {
     check(&fs, &channel);
 }
 
-/// Overwrites block 0 of `file` and syncs, until the device is full of what is held or was written three times over.
+/// Overwrites `file` and syncs, until the device was written three times over. What is held is missing in the end, and then each
+/// write waits a while for reads to end: so not for long.
 fn churn(fs: &Filesystem, file: &File) {
     let channel = fs.channel().unwrap();
-    for turn in 0..48 {
+    let end = Instant::now() + Duration::from_secs(3);
+    for turn in (0..48).take_while(|_| Instant::now() < end) {
         match channel.write(file, 0, &pattern(100 + turn, MIB as usize)) {
             Ok(()) => {}
             Err(Error::NoSpace { .. }) => break,
@@ -295,9 +305,9 @@ fn a_dropped_channel_ends_its_reads() {
     drop((channel, file));
     other.delete("file").unwrap();
     // The helper drives what was left alone; the last read closes the file, and its space comes back.
-    let end = std::time::Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(20);
     while other.statfs().unwrap().free_bytes < free + 32 * BLOCK {
-        assert!(std::time::Instant::now() < end, "the space of the file does not come back");
+        assert!(Instant::now() < end, "the space of the file does not come back");
         std::thread::sleep(Duration::from_millis(2));
         other.sync().unwrap();
     }
