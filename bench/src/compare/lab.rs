@@ -237,7 +237,7 @@ pub(crate) mod tests {
     /// For tests of rows that have no device: samples are short.
     pub(crate) fn lab() -> Lab {
         let bars = Bars::new(true);
-        Lab::open("-".to_owned(), false, false, Duration::from_millis(2), Clock::Cpu, 1, bars)
+        Lab::open("-".to_owned(), false, false, false, Duration::from_millis(2), Clock::Cpu, 1, bars)
             .expect("no device")
     }
 }

@@ -40,7 +40,7 @@ pub(crate) const ROWS: &[Row] = &[
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(feature = "spdk"), expect(dead_code, reason = "measured beside SPDK only"))]
+#[cfg_attr(not(feature = "spdk"), allow(dead_code, reason = "measured beside SPDK only"))]
 enum Work {
     Read,
     AppendSync,
