@@ -9,6 +9,8 @@
 //! 4. [`write_superblock`] with FUA, near both ends of the device: the generation is durable;
 //! 5. [`finish`]: nodes may be evicted, freed blocks that no reader holds may be reused, waiters go on.
 //!
+//! A sync first writes dirty pages back ([`crate::writeback`]); a commit alone does not.
+//!
 //! Operations go on in the next generation from the end of step 1. One commit runs at a time; a sync that comes while one runs
 //! joins the next, together with all others that wait ([`reach`]).
 //!
@@ -30,13 +32,15 @@ use crate::alloc::Need;
 use crate::channel::io::{Io, IoHandle};
 use crate::core::Core;
 use crate::error::{Error, Result};
-use crate::file::File;
+use crate::file::{FILE_BLOCKS_MAX, File, FileInner};
 use crate::recheck;
+use crate::records::orphans::{self, Work};
 use crate::records::{TreeKind, inodes, space};
 use crate::superblock::{OnDisk, slot_byte, slots_of};
 use crate::tree::Node;
 use crate::txn::{Stop, Txn, transact_in_commit};
-use crate::types::{BLOCK_SIZE, BlockAddr, Generation};
+use crate::types::{BLOCK_SIZE, BlockAddr, FileBlock, Generation};
+use crate::writeback;
 
 /// Largest write of adjacent nodes, in blocks.
 const NODES_PER_WRITE: usize = 64;
@@ -86,8 +90,24 @@ pub(crate) async fn sync(core: &Arc<Core>, io: &Io) -> Result<()> {
     if core.is_read_only() {
         return Ok(());
     }
+    let written = writeback::all(core, io).await;
+    wait_for_sizes(core, None).await;
     let target = core.meta.lock().last_changed();
-    reach(core, io, target, Core::check_not_sealed).await
+    reach(core, io, target, Core::check_not_sealed).await?;
+    written
+}
+
+/// Waits until the size on disk of files is not held back by writes that were under way when this was called: what was
+/// finished lies beyond it, and is to become durable.
+async fn wait_for_sizes(core: &Core, only: Option<&Arc<FileInner>>) {
+    let lagging: Vec<Arc<FileInner>> = {
+        let meta = core.meta.lock();
+        let wanted = meta.dirty.iter().filter(|file| only.is_none_or(|only| only.id == file.id));
+        wanted.filter(|file| file.disk_size().1).cloned().collect()
+    };
+    for file in lagging {
+        file.ordered.wait(0..u64::MAX).await;
+    }
 }
 
 /// The last sync of an unmount: all others that would begin now are refused.
@@ -98,8 +118,24 @@ pub(crate) async fn sync_last(core: &Arc<Core>, io: &Io) -> Result<()> {
 }
 
 /// Makes a file durable. As yet by a whole commit; the intent log goes here.
-pub(crate) async fn sync_file(core: &Arc<Core>, io: &Io, _file: &File) -> Result<()> {
-    sync(core, io).await
+pub(crate) async fn sync_file(core: &Arc<Core>, io: &Io, file: &File) -> Result<()> {
+    sync_range(core, io, file, 0, u64::MAX).await
+}
+
+/// Makes `len` bytes at `offset` of a file durable, with its size and name.
+pub(crate) async fn sync_range(core: &Arc<Core>, io: &Io, file: &File, offset: u64, len: u64) -> Result<()> {
+    core.check_failed()?;
+    if core.is_read_only() {
+        return Ok(());
+    }
+    let inner = file.inner();
+    let first = FileBlock::containing(offset);
+    let end = FileBlock::at_or_after(offset.saturating_add(len)).0.min(FILE_BLOCKS_MAX);
+    let written = writeback::sync(core, io, inner, first.0..end).await;
+    wait_for_sizes(core, Some(inner)).await;
+    let target = core.meta.lock().last_changed();
+    reach(core, io, target, Core::check_not_sealed).await?;
+    written
 }
 
 /// Makes room for a transaction: waits for the commit that is on its way, if there is one, else commits the open generation,
@@ -241,16 +277,50 @@ fn freeze(t: &mut Txn<'_>) -> Result<Frozen, Stop> {
 
 /// Stores the inodes of files that changed. Each is a unit of its own.
 fn store_inodes(t: &mut Txn<'_>) -> Result<(), Stop> {
-    while let Some(file) = t.meta.dirty.last().cloned() {
+    let mut lagging = Vec::new();
+    let result = loop {
+        let Some(file) = t.meta.dirty.last().cloned() else { break Ok(()) };
         t.checkpoint();
-        let inode = *file.inode.lock();
-        inodes::put(t, file.id, &inode)?;
+        let lags = match store_inode(t, &file) {
+            Ok(lags) => lags,
+            Err(stop) => break Err(stop),
+        };
         t.meta.dirty.pop();
+        if lags {
+            lagging.push(file);
+            continue;
+        }
         file.dirty.store(false, Ordering::Relaxed);
         t.meta.forget_if_unused(&file);
-    }
+    };
+    // Their size goes on growing: the next commit looks at them again.
+    t.meta.dirty.append(&mut lagging);
     t.checkpoint();
-    Ok(())
+    result
+}
+
+/// Stores the inode of one file, with a size that covers no unfinished write (see [`crate::ordered`]). True if it has finished content
+/// beyond that size: an entry among the orphans says so, and a mount after a crash cuts it off.
+fn store_inode(t: &mut Txn<'_>, file: &Arc<FileInner>) -> Result<bool, Stop> {
+    let (size, lags) = file.disk_size();
+    let unlinked = file.unlinked.load(Ordering::Relaxed);
+    if lags != file.cut_by_commit.load(Ordering::Relaxed) && !unlinked {
+        // A long truncate in progress has the same entry, and keeps it.
+        if lags {
+            orphans::put(t, file.id, Work::Truncate)?;
+        } else if !file.cut_by_truncate.load(Ordering::Relaxed) {
+            orphans::remove(t, file.id)?;
+        }
+        file.cut_by_commit.store(lags, Ordering::Relaxed);
+        t.checkpoint();
+    }
+    let inode = {
+        let mut inode = file.inode.lock();
+        inode.size = size;
+        *inode
+    };
+    inodes::put(t, file.id, &inode)?;
+    Ok(lags)
 }
 
 /// Brings every region record that this commit may store into its place in the tree, at its largest size. Storing the records

@@ -13,12 +13,13 @@ use crate::channel::{ChannelCore, Driven};
 use crate::checksum_cache::ChecksumCache;
 use crate::commit::Gate;
 use crate::error::{Error, Result};
-use crate::file::FileInner;
+use crate::file::{FILE_BLOCKS_MAX, FileInner};
 use crate::mount::MountOptions;
+use crate::page_cache::PageCache;
 use crate::stats::{Counters, Stats};
 use crate::superblock::OnDisk;
 use crate::txn::{Limits, Meta};
-use crate::types::{BLOCK_SIZE, BlockAddr, Generation, InodeId, Run};
+use crate::types::{BLOCK_SIZE, BlockAddr, FileBlock, Generation, InodeId, Run};
 
 /// Ticks without a poll after which a channel counts as left alone. A tick is about a millisecond.
 const ABANDONED_TICKS: u64 = 2;
@@ -34,6 +35,8 @@ pub(crate) enum Phase {
     Mounted,
     /// New operations are refused, those in flight go on.
     Closing,
+    /// No page gets dirty any more: what is dirty is written back.
+    Draining,
     /// No transaction changes anything any more: the last commit has all that was answered with success.
     Sealed,
     /// Nothing reaches the device any more.
@@ -50,6 +53,11 @@ pub(crate) struct Core {
     pub(crate) holds: Registry,
     pub(crate) checksums: ChecksumCache,
     pub(crate) stats: Counters,
+    pub(crate) pages: Arc<PageCache>,
+    /// Ordered extents of all files.
+    pub(crate) ordered: AtomicU64,
+    /// Of so many direct writes one takes the buffered way, for tests; 0: none.
+    pub(crate) fallback_one_in: AtomicU64,
     /// A copy of `meta.generation` that readers look at without the lock.
     open_generation: AtomicU64,
     superblock: OnDisk,
@@ -77,6 +85,9 @@ impl Core {
             holds: Registry::default(),
             checksums: ChecksumCache::new(options.checksum_cache_bytes),
             stats: Counters::default(),
+            pages: Arc::new(PageCache::new(options.page_cache_bytes)),
+            ordered: AtomicU64::new(0),
+            fallback_one_in: AtomicU64::new(0),
             open_generation: AtomicU64::new(meta.generation.0),
             superblock,
             channels: Mutex::new(Vec::new()),
@@ -157,6 +168,11 @@ impl Core {
         self.check_before(Phase::Sealed)
     }
 
+    /// Whether pages may get dirty.
+    pub(crate) fn may_dirty(&self) -> bool {
+        self.check_before(Phase::Draining).is_ok()
+    }
+
     /// What an operation answers that failed with `error`: once nothing reaches the device, that is the reason.
     pub(crate) fn explain(&self, error: Error) -> Error {
         let gone = matches!(&error, Error::Io { source, .. } if source.kind == IoErrorKind::Gone);
@@ -177,9 +193,16 @@ impl Core {
 
     // ---- space
 
-    /// Gives back runs that were allocated and that nothing refers to.
-    pub(crate) fn give_back(&self, runs: &[Run]) {
+    /// Gives back runs that were allocated for `file` and that nothing refers to; to its reservation, if they come from there.
+    pub(crate) fn give_back(&self, file: Option<&FileInner>, runs: &[Run], reserved: bool) {
         let mut meta = self.meta.lock();
+        if let Some(file) = file {
+            if reserved {
+                meta.reserve_blocks(file, runs.iter().map(|run| run.len).sum());
+            }
+            // The size on disk may have waited for this write; a commit has to look.
+            meta.changed |= file.dirty.load(Ordering::Relaxed);
+        }
         for run in runs {
             meta.unpublished.remove(run);
             if let Err(error) = meta.alloc.free_now(*run) {
@@ -225,6 +248,9 @@ impl Core {
             dirty_nodes: cache.dirty as u64,
             extent_map_bytes: meta.open.values().map(|file| file.map.memory_bytes()).sum(),
             checksum_cache_bytes: self.checksums.memory_bytes(),
+            page_cache_bytes: self.pages.resident_bytes(),
+            dirty_bytes: self.pages.busy_pages() * BLOCK_SIZE as u64,
+            ordered_extents: self.ordered.load(Ordering::Relaxed),
             ..self.stats.snapshot()
         }
     }
@@ -254,6 +280,11 @@ impl Core {
         } else {
             meta.forget_if_unused(file);
         }
+    }
+
+    /// Drops a file from memory if it was there for its dirty pages only.
+    pub(crate) fn forget_if_unused(&self, file: &Arc<FileInner>) {
+        self.meta.lock().forget_if_unused(file);
     }
 
     /// A deleted file leaves memory: nobody can reach it any more, and its inode is not to be stored.
@@ -317,6 +348,14 @@ impl Core {
         self.phase.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
+    /// Ends all changes of pages: what is dirty once this returns is all that there will be.
+    pub(crate) fn stop_dirtying(&self) {
+        self.phase.store(Phase::Draining as u8, Ordering::Release);
+        // Whoever looked at the phase before has its file's pages locked, or is done.
+        let files: Vec<Arc<FileInner>> = self.meta.lock().open.values().cloned().collect();
+        files.iter().filter_map(|file| file.pages_if_any()).for_each(|pages| pages.settle());
+    }
+
     /// Ends all changes, but for commits.
     pub(crate) fn seal(&self) {
         // Under the lock: no transaction is half way through.
@@ -351,7 +390,13 @@ impl Core {
         for channel in channels {
             channel.shut_down();
         }
-        self.meta.lock().open.clear();
+        let mut meta = self.meta.lock();
+        let open = std::mem::take(&mut meta.open);
+        for file in open.values() {
+            file.discard_pages(&mut meta, FileBlock(0), FileBlock(FILE_BLOCKS_MAX));
+        }
+        meta.dirty.clear();
+        drop(meta);
         self.claim.lock().take();
     }
 }

@@ -8,21 +8,21 @@ use crate::channel::io::Io;
 use crate::channel::operation::{Operation, Output};
 use crate::core::Core;
 use crate::error::Result;
-use crate::{batch, commit, layout, namespace, preallocate, punch, read, truncate, write};
+use crate::{batch, buffered, commit, layout, namespace, preallocate, punch, truncate, write};
 
 /// Does `operation`; the buffer comes back whatever happens.
 pub(crate) async fn run(core: &Arc<Core>, io: &Io, operation: Operation) -> (Result<Output>, Option<DmaBuf>) {
     match operation {
         Operation::Read { file, offset, buf } => {
-            let (result, buf) = read::read_buf(core, io, file.inner(), offset, buf).await;
+            let (result, buf) = buffered::read_buf(core, io, &file, offset, buf).await;
             (result.map(Output::Bytes), Some(buf))
         }
         Operation::Write { file, offset, buf } => {
-            let (result, buf) = write::write_buf(core, io, &file, write::At::Offset(offset), buf).await;
+            let (result, buf) = buffered::write_buf(core, io, &file, write::At::Offset(offset), buf).await;
             (result.map(|_| Output::Done), Some(buf))
         }
         Operation::Append { file, buf } => {
-            let (result, buf) = write::write_buf(core, io, &file, write::At::End, buf).await;
+            let (result, buf) = buffered::write_buf(core, io, &file, write::At::End, buf).await;
             (result.map(Output::Offset), Some(buf))
         }
         other => (run_without_buffer(core, io, other).await, None),
@@ -46,6 +46,9 @@ async fn run_without_buffer(core: &Arc<Core>, io: &Io, operation: Operation) -> 
             Output::Extents(layout::extents(core, io, file.inner(), offset, len, max).await?)
         }
         Operation::SyncFile { file } => commit::sync_file(core, io, &file).await.map(done)?,
+        Operation::SyncRange { file, offset, len } => {
+            commit::sync_range(core, io, &file, offset, len).await.map(done)?
+        }
         Operation::Sync => commit::sync(core, io).await.map(done)?,
         Operation::Create { name } => Output::Created(namespace::create(core, io, &name).await?),
         Operation::Open { name, flags } => Output::Opened(namespace::open(core, io, &name, flags).await?),

@@ -16,7 +16,9 @@ use crate::core::Core;
 use crate::error::Result;
 use crate::extent_map::Mapping;
 use crate::file::FileInner;
+use crate::page_cache::FilePages;
 use crate::pieces::{self, Missing, Pieces};
+use crate::read::By;
 use crate::records::extents::{self, Content, INLINE_MAX, Kind};
 use crate::txn::{Room, Stop, Txn, transact};
 use crate::types::{BLOCK_SIZE, FileBlock};
@@ -25,15 +27,26 @@ const _: () = assert!(INLINE_MAX <= BLOCK_SIZE);
 
 const BEHIND: FileBlock = FileBlock(1);
 
-/// What `[offset, offset + len)` holds, and the size, in one state of a file that has inline content; or a block whose mapping
-/// must be loaded first.
+/// What a reader finds in a file that has inline content.
+pub(crate) enum Inlined {
+    /// What its range holds, and the size of the file, in one state.
+    Here(Pieces, u64),
+    /// A block whose mapping must be loaded first.
+    Missing(FileBlock),
+    /// The cache has newer pages.
+    Newer,
+}
+
+/// What `[offset, offset + len)` holds. View and content change under the metadata lock, so they are taken under it. So does write-back
+/// publish: pages that are not seen here are in the view.
 pub(crate) async fn snapshot(
     core: &Arc<Core>,
     io: &Io,
     file: &Arc<FileInner>,
     offset: u64,
     len: u64,
-) -> Result<Result<(Pieces, u64), FileBlock>> {
+    by: By,
+) -> Result<Inlined> {
     transact(core, io, |t| {
         let content = extents::content(t, file.id)?;
         let guard = crate::extent_map::pin();
@@ -41,12 +54,16 @@ pub(crate) async fn snapshot(
         let size = view.size();
         let end = offset.saturating_add(len).min(size);
         if end <= offset {
-            return Ok(Ok((Pieces::default(), size)));
+            return Ok(Inlined::Here(Pieces::default(), size));
         }
         let (from, to) = (FileBlock::containing(offset), FileBlock::at_or_after(end));
+        let busy = |pages: &Arc<FilePages>| pages.busy_in(&(from.0..to.0));
+        if by == By::Direct && file.pages_if_any().is_some_and(busy) {
+            return Ok(Inlined::Newer);
+        }
         match pieces::collect(&view, from, to, content.as_ref()) {
-            Ok(pieces) => Ok(Ok((pieces, size))),
-            Err(Missing::Block(block)) => Ok(Err(block)),
+            Ok(pieces) => Ok(Inlined::Here(pieces, size)),
+            Err(Missing::Block(block)) => Ok(Inlined::Missing(block)),
             Err(Missing::Content) => {
                 Err(Stop::corrupt(format!("inode {}: content that should be inline is missing", file.id)))
             }

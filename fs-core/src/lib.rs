@@ -22,6 +22,8 @@ mod namespace;
 mod file;
 #[allow(unreachable_pub, reason = "public for `internals`")]
 mod range_lock;
+mod buffered;
+mod coherence;
 mod write;
 mod read;
 mod truncate;
@@ -30,6 +32,9 @@ mod preallocate;
 mod punch;
 mod batch;
 mod layout;
+mod reserve;
+mod page_cache;
+mod writeback;
 mod store;
 mod ordered;
 #[allow(
@@ -87,9 +92,12 @@ pub use crate::channel::operation::{
 pub use crate::channel::{Channel, Extents, List, OpFuture};
 pub use crate::check::{CheckProgress, CheckReport};
 pub use crate::error::{Error, Result};
+#[doc(hidden)]
+pub use crate::file::Accounting;
 pub use crate::file::{FILE_SIZE_MAX, File};
 pub use crate::layout::BlockOwner;
 pub use crate::mount::{Filesystem, FormatOptions, Info, MountOptions, format};
+pub use crate::page_cache::Priority;
 pub use crate::records::NAME_MAX;
 pub use crate::stats::Stats;
 pub use crate::types::{BLOCK_SIZE, BlockAddr, InodeId};

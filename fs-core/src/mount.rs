@@ -24,7 +24,7 @@ use crate::superblock::{self, LABEL_MAX, OnDisk, SLOTS, SlotError, slot_byte, sl
 use crate::tree::{NodeCache, NodePtr, Tree, TreeId};
 use crate::txn::Meta;
 use crate::types::{BLOCK_SIZE, BlockAddr, Generation, InodeId};
-use crate::{commit, truncate};
+use crate::{commit, truncate, writeback};
 
 /// How often the helper thread looks after channels while operations are in flight.
 const HELPER_BUSY: Duration = Duration::from_millis(1);
@@ -54,6 +54,11 @@ pub struct MountOptions {
     pub checksum_cache_bytes: usize,
     /// Memory for the extent maps of open files, in bytes; looked at with every commit.
     pub extent_map_bytes: usize,
+    /// Memory for pages of files that are read or written through the cache, in bytes; see [`Filesystem::set_cache_bytes`].
+    pub page_cache_bytes: usize,
+    /// The helper thread writes a file back when pages of it have been dirty for so long; `None`: only syncs, memory and direct I/O
+    /// do.
+    pub writeback_age: Option<Duration>,
     /// Verify the checksums of file data on reads.
     pub verify_data: bool,
     /// The helper thread commits when something has not been durable for so long; `None`: only syncs commit.
@@ -68,6 +73,8 @@ impl Default for MountOptions {
             node_cache_bytes: 256 << 20,
             checksum_cache_bytes: 64 << 20,
             extent_map_bytes: 512 << 20,
+            page_cache_bytes: 256 << 20,
+            writeback_age: Some(Duration::from_secs(1)),
             verify_data: true,
             commit_interval: Some(Duration::from_secs(5)),
         }
@@ -236,6 +243,7 @@ fn open_meta(sb: &OnDisk, options: &MountOptions) -> Result<Meta> {
         preallocating: 0,
         features: sb.incompatible.get(),
         unpublished: HashSet::new(),
+        reserved: Default::default(),
         oldest_epoch: u64::MAX,
         freed_in: HashSet::new(),
         space_needs: Default::default(),
@@ -277,7 +285,7 @@ impl Helper {
 }
 
 /// The helper's life: drive channels that were left alone; give back the space of deleted files whose last handle was
-/// dropped; commit what has been waiting for long.
+/// dropped; write back what has been dirty for long; commit what has been waiting for long.
 fn help(core: &Arc<Core>, stop: &AtomicBool) {
     let mut channel = None;
     let mut dirty_since: Option<Instant> = None;
@@ -298,7 +306,8 @@ fn help(core: &Arc<Core>, stop: &AtomicBool) {
         }
         let waited = dirty_since.map_or(Duration::ZERO, |since| since.elapsed());
         let due = changed && core.options.commit_interval.is_some_and(|interval| waited >= interval);
-        if !reap && !due {
+        let written_due = writeback::is_due(core);
+        if !reap && !due && !written_due {
             continue;
         }
         if channel.is_none() {
@@ -307,6 +316,9 @@ fn help(core: &Arc<Core>, stop: &AtomicBool) {
         let Some(channel) = &channel else { continue };
         let io = &channel.shared.io;
         let mut result = channel.block_on(truncate::reap(core, io));
+        if written_due {
+            result = result.and(channel.block_on(writeback::due(core, io)));
+        }
         if due {
             dirty_since = None;
             result = result.and(channel.block_on(commit::sync(core, io)));
@@ -406,6 +418,22 @@ impl Filesystem {
         }
     }
 
+    /// Memory that the page cache may take, in bytes.
+    pub fn cache_bytes(&self) -> usize {
+        self.mounted.core.pages.limit_bytes()
+    }
+
+    /// Changes [`cache_bytes`](Self::cache_bytes). What is too much leaves at once, but for pages that are not on the device yet.
+    pub fn set_cache_bytes(&self, bytes: usize) {
+        self.mounted.core.pages.set_limit_bytes(bytes);
+    }
+
+    /// Of `n` direct writes one goes through the page cache, as if its range could not be freed of pages; 0: none.
+    #[doc(hidden)]
+    pub fn force_fallback(&self, n: u64) {
+        self.mounted.core.fallback_one_in.store(n, Ordering::Relaxed);
+    }
+
     /// Counters since the mount, and sizes now.
     pub fn stats(&self) -> Stats {
         self.mounted.core.stats()
@@ -435,9 +463,12 @@ fn finish(core: &Arc<Core>) -> Result<()> {
         return Ok(());
     }
     let channel = Channel::new(core)?;
-    let reaped = channel.block_on(truncate::reap(core, &channel.shared.io));
+    core.stop_dirtying();
+    let io = &channel.shared.io;
+    let written = channel.block_on(writeback::all(core, io));
+    let reaped = channel.block_on(truncate::reap(core, io));
     core.seal();
-    reaped.and(channel.block_on(commit::sync_last(core, &channel.shared.io)))
+    written.and(reaped).and(channel.block_on(commit::sync_last(core, &channel.shared.io)))
 }
 
 impl Drop for Mounted {

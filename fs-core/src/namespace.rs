@@ -77,7 +77,7 @@ pub(crate) async fn open(core: &Arc<Core>, io: &Io, name: &[u8], flags: OpenFlag
         Ok(counted(&file))
     })
     .await?;
-    let file = File::new(core, inner, flags.contains(OpenFlags::READ_ONLY));
+    let file = File::new(core, inner, flags);
     if flags.contains(OpenFlags::TRUNCATE) && file.size() > 0 {
         truncate::truncate_inner(core, io, file.inner(), 0).await?;
     }

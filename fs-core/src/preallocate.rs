@@ -21,6 +21,7 @@ use smallvec::SmallVec;
 use crate::alloc::Stream;
 use crate::channel::io::Io;
 use crate::channel::operation::Growth;
+use crate::coherence;
 use crate::core::Core;
 use crate::error::Result;
 use crate::file::{File, FileInner};
@@ -29,7 +30,7 @@ use crate::punch::{self, Edges, Zeroed};
 use crate::records::extents::{self, Kind, Span};
 use crate::txn::{Room, transact};
 use crate::types::{FileBlock, Run};
-use crate::write::{self, At};
+use crate::write::At;
 
 /// Runs that are allocated and published in one transaction.
 const RUNS: usize = 256;
@@ -52,7 +53,7 @@ pub(crate) async fn preallocate(
         return Ok(());
     }
     let file = file.inner();
-    let (_guard, _) = write::lock(file, At::Offset(offset), len).await?;
+    let (_guard, _) = coherence::lock_direct(core, io, file, At::Offset(offset), len).await?;
     let end = offset + len;
     let range = (FileBlock::containing(offset), FileBlock::at_or_after(end));
     let gaps = lacking(core, io, file, range, (range.1, range.1)).await?;
@@ -74,7 +75,7 @@ pub(crate) async fn zero(
         return Ok(());
     }
     let file = file.inner();
-    let (_guard, _) = write::lock(file, At::Offset(offset), len).await?;
+    let (_guard, _) = coherence::lock_direct(core, io, file, At::Offset(offset), len).await?;
     let end = offset + len;
     let zeroed = Zeroed::new(offset, end, file.size());
     let range = (FileBlock::containing(offset), FileBlock::at_or_after(end));

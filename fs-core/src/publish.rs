@@ -37,6 +37,8 @@ pub(crate) struct Change {
     pub(crate) holes: SmallVec<[Span; 1]>,
     /// The file ends at this byte at least.
     pub(crate) size: u64,
+    /// Write-back: so many pages were reserved for it. They are settled, and readers see nothing new.
+    pub(crate) reserved: Option<u64>,
 }
 
 impl Change {
@@ -49,6 +51,7 @@ impl Change {
             promise: None,
             holes: SmallVec::new(),
             size: 0,
+            reserved: None,
         }
     }
 
@@ -76,7 +79,7 @@ pub(crate) struct Promise {
 impl Promise {
     /// Takes over the runs of `parts`, whose blocks were counted in `Meta::preallocating` as they were allocated.
     pub(crate) fn new(core: &Arc<Core>, parts: Vec<(FileBlock, Run)>) -> Promise {
-        let ordered = Ordered::new(core, parts.iter().map(|(_, run)| *run).collect());
+        let ordered = Ordered::new(core, None, parts.iter().map(|(_, run)| *run).collect());
         let blocks = parts.iter().map(|(_, run)| run.len).sum();
         Promise { core: Arc::clone(core), parts, ordered, blocks }
     }
@@ -94,7 +97,7 @@ impl Promise {
     /// The trees have them.
     fn finish(mut self) {
         self.blocks = 0;
-        let none = Ordered::new(&self.core, Default::default());
+        let none = Ordered::new(&self.core, None, Default::default());
         std::mem::replace(&mut self.ordered, none).finish();
     }
 }
@@ -106,6 +109,8 @@ struct Plan {
 }
 
 /// See the module documentation. The caller holds the ranges, or owns the ordered extents that others wait for.
+///
+/// On failure nothing was changed, and the blocks are given back; what was reserved for them is reserved again.
 pub(crate) async fn publish(core: &Arc<Core>, io: &Io, changes: SmallVec<[Change; 1]>) -> Result<()> {
     transact(core, io, |t| {
         let mut chunks = checksums::Plan::default();
@@ -159,12 +164,12 @@ fn plan(t: &mut Txn<'_>, change: &Change, chunks: &mut checksums::Plan) -> Resul
 
 /// Steps 2 to 4, but for the checksums in the tree.
 fn apply(t: &mut Txn<'_>, change: &Change, plan: &Plan) -> Result<(), Stop> {
-    let Change { file, stored, promise, size, .. } = change;
+    let Change { file, stored, promise, size, reserved, .. } = change;
     for (run, sums) in stored.iter().flat_map(Stored::apart) {
         t.core.checksums.insert(run.start, sums);
     }
-    let grown = (*size > file.size()).then_some(*size);
-    let published = pieces::publish(&file.map, &plan.new, &plan.replace.holes, grown);
+    let size_seen = reserved.is_none().then_some(*size);
+    let published = pieces::publish(&file.map, &plan.new, &plan.replace.holes, size_seen);
     plan.replace.apply(t)?;
     published.unpin(&file.map, &t.core.checksums);
     for stored in stored {
@@ -174,8 +179,17 @@ fn apply(t: &mut Txn<'_>, change: &Change, plan: &Plan) -> Result<(), Stop> {
         t.published(&promise.ordered);
         t.meta.preallocating -= promise.blocks;
     }
-    t.change_inode(file, |inode| {
-        inode.size = inode.size.max(*size);
+    file.finished_up_to(*size);
+    if let Some(pages) = reserved {
+        // Blocks that were promised, and inline content, took none of what was reserved.
+        let taken: u64 = stored.iter().map(|stored| stored.blocks() - stored.ordered().promised()).sum();
+        t.meta.use_reserved(file, pages - taken);
+        t.meta.settle_shares(file, *pages);
+    }
+    t.change_inode_quietly(file, |inode| {
+        if reserved.is_none() {
+            inode.touch();
+        }
         inode.extents = inode.extents.wrapping_add_signed(plan.replace.extents);
         inode.blocks = inode.blocks.wrapping_add_signed(plan.replace.blocks);
     });

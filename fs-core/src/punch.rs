@@ -13,6 +13,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use crate::channel::io::Io;
+use crate::coherence;
 use crate::core::Core;
 use crate::error::Result;
 use crate::file::{FILE_SIZE_MAX, File, FileInner};
@@ -21,7 +22,7 @@ use crate::records::extents::{self, Content, Span};
 use crate::store::{self, Stored};
 use crate::txn::{Room, transact};
 use crate::types::{BLOCK_SIZE, FileBlock};
-use crate::write::{self, At};
+use crate::write::At;
 use crate::{inline, read};
 
 /// Extent records dropped in one transaction.
@@ -110,7 +111,7 @@ pub(crate) async fn punch(core: &Arc<Core>, io: &Io, file: &File, offset: u64, l
         return Ok(());
     }
     let file = file.inner();
-    let (_guard, _) = write::lock(file, At::Offset(offset), end - offset).await?;
+    let (_guard, _) = coherence::lock_direct(core, io, file, At::Offset(offset), end - offset).await?;
     let range = Zeroed::new(offset, end, file.size());
     let (mut from, to) = range.whole;
     let (mut step_end, frees) = step(core, io, file, from, to).await?;

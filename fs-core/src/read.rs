@@ -1,7 +1,7 @@
 //! The general way of a read: any range, any number of extents.
 //!
 //! 1. take the file view under a block hold and list where the range lies ([`snapshot`]); what is not in memory is
-//!    loaded first ([`crate::load`]);
+//!    loaded first ([`crate::load`]). If the cache has newer pages of the range the read goes there ([`crate::buffered`]);
 //! 2. read each piece into its part of the buffer, holes as zeroes ([`fill`]);
 //! 3. verify checksums while the bytes are hot ([`verify`]); a block that fails is read once more before it is an error;
 //! 4. give the hold back (it is a guard).
@@ -13,14 +13,17 @@ use std::sync::Arc;
 
 use bdev_adapter::{DmaBuf, Request};
 
+use crate::buffered;
 use crate::channel::io::{Io, IoHandle};
 use crate::core::Core;
 use crate::error::{Error, Result};
+use crate::extent_map::{BlockEnd, BlockRange, View};
 use crate::file::FileInner;
 use crate::pieces::{self, Missing, Piece, Pieces};
 use crate::superblock::checksum32;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation};
-use crate::{inline, load};
+use crate::inline::{self, Inlined};
+use crate::load;
 
 /// Bytes that a read through a copy moves at a time.
 const COPY_CHUNK: usize = 1 << 20;
@@ -51,14 +54,24 @@ struct Snapshot<'a> {
     _hold: Hold<'a>,
 }
 
-/// Step 1.
+/// Who takes a snapshot.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum By {
+    /// A direct read, which holds no lock: pages of the range may be newer than what the view knows.
+    Direct,
+    /// Somebody who holds the range, and knows what the cache has of it.
+    Holder,
+}
+
+/// Step 1. None: the cache has newer pages of the range.
 async fn snapshot<'a>(
     core: &Arc<Core>,
     io: &'a Io,
     file: &Arc<FileInner>,
     offset: u64,
     len: u64,
-) -> Result<Snapshot<'a>> {
+    by: By,
+) -> Result<Option<Snapshot<'a>>> {
     loop {
         let hold = Hold::take(core, io);
         let missing = {
@@ -67,22 +80,54 @@ async fn snapshot<'a>(
             let size = view.size();
             let end = offset.saturating_add(len).min(size);
             if end <= offset {
-                return Ok(Snapshot { pieces: Pieces::default(), size, _hold: hold });
+                return Ok(Some(Snapshot { pieces: Pieces::default(), size, _hold: hold }));
             }
-            match pieces::collect(&view, FileBlock::containing(offset), FileBlock::at_or_after(end), None) {
-                Ok(pieces) => return Ok(Snapshot { pieces, size, _hold: hold }),
+            let (from, to) = (FileBlock::containing(offset), FileBlock::at_or_after(end));
+            let collected = pieces::collect(&view, from, to, None);
+            if by == By::Direct {
+                match newer(file, &view, from, to) {
+                    Newer::Nothing => {}
+                    Newer::Pages => return Ok(None),
+                    Newer::View => continue,
+                }
+            }
+            match collected {
+                Ok(pieces) => return Ok(Some(Snapshot { pieces, size, _hold: hold })),
                 Err(missing) => missing,
             }
         };
         let missing = match missing {
             Missing::Block(block) => block,
-            Missing::Content => match inline::snapshot(core, io, file, offset, len).await? {
-                Ok((pieces, size)) => return Ok(Snapshot { pieces, size, _hold: hold }),
-                Err(block) => block,
+            Missing::Content => match inline::snapshot(core, io, file, offset, len, by).await? {
+                Inlined::Here(pieces, size) => return Ok(Some(Snapshot { pieces, size, _hold: hold })),
+                Inlined::Missing(block) => block,
+                Inlined::Newer => return Ok(None),
             },
         };
         drop(hold);
         load::extents(core, io, file, missing).await?;
+    }
+}
+
+/// What is newer than a view.
+enum Newer {
+    Nothing,
+    /// Pages in the cache.
+    Pages,
+    /// Another view: write-back may have published pages and cleaned them after this one was taken.
+    View,
+}
+
+/// Looks for pages of `[from, to)` that are newer than `view`. First for pages, then at the view: a page is published before it is
+/// clean, so pages that are not seen here are in the view, or the view is not the current one.
+fn newer(file: &FileInner, view: &View<'_>, from: FileBlock, to: FileBlock) -> Newer {
+    let Some(pages) = file.pages_if_any() else { return Newer::Nothing };
+    if pages.is_busy() && pages.busy_in(&(from.0..to.0)) {
+        return Newer::Pages;
+    }
+    match file.map.is_current_in(view, BlockRange::between(from, BlockEnd(to.0))) {
+        true => Newer::Nothing,
+        false => Newer::View,
     }
 }
 
@@ -99,8 +144,9 @@ pub(crate) async fn read_buf(
         let result = read_slice(core, io, file, offset, &mut buf).await;
         return (result, buf);
     }
-    let snapshot = match snapshot(core, io, file, offset, buf.len() as u64).await {
-        Ok(snapshot) => snapshot,
+    let snapshot = match snapshot(core, io, file, offset, buf.len() as u64, By::Direct).await {
+        Ok(Some(snapshot)) => snapshot,
+        Ok(None) => return (buffered::read(core, io, file, None, offset, &mut buf).await, buf),
         Err(error) => return (Err(error), buf),
     };
     let there = (snapshot.size.saturating_sub(offset)).min(buf.len() as u64) as usize;
@@ -121,7 +167,9 @@ pub(crate) async fn read_slice(
     offset: u64,
     out: &mut [u8],
 ) -> Result<usize> {
-    let snapshot = snapshot(core, io, file, offset, out.len() as u64).await?;
+    let Some(snapshot) = snapshot(core, io, file, offset, out.len() as u64, By::Direct).await? else {
+        return buffered::read(core, io, file, None, offset, out).await;
+    };
     let there = (snapshot.size.saturating_sub(offset)).min(out.len() as u64) as usize;
     let mut done = 0;
     let mut bounce: Option<DmaBuf> = None;
@@ -143,7 +191,7 @@ pub(crate) async fn read_slice(
     Ok(there)
 }
 
-/// Reads the whole blocks from `at` on into `buf`, for a writer that holds the range: what lies beyond the end of the
+/// Reads the whole blocks from `at` on into `buf`, for somebody who holds the range (and knows what the cache has of it): what lies beyond the end of the
 /// file reads as zeroes.
 pub(crate) async fn read_blocks(
     core: &Arc<Core>,
@@ -152,8 +200,11 @@ pub(crate) async fn read_blocks(
     at: FileBlock,
     buf: DmaBuf,
 ) -> (Result<()>, DmaBuf) {
-    match snapshot(core, io, file, at.byte(), buf.len() as u64).await {
-        Ok(snapshot) => fill(core, io, file, &snapshot.pieces, at, buf).await,
+    match snapshot(core, io, file, at.byte(), buf.len() as u64, By::Holder).await {
+        Ok(snapshot) => {
+            let pieces = snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.pieces);
+            fill(core, io, file, pieces, at, buf).await
+        }
         Err(error) => (Err(error), buf),
     }
 }

@@ -38,6 +38,12 @@ pub struct Stats {
     pub extent_map_bytes: u64,
     /// Cached checksums: memory.
     pub checksum_cache_bytes: u64,
+    /// Page cache: memory.
+    pub page_cache_bytes: u64,
+    /// Bytes accepted by buffered writes that are not on the device yet.
+    pub dirty_bytes: u64,
+    /// Writes that have blocks and are not in the metadata yet.
+    pub ordered_extents: u64,
 }
 
 /// The counters behind [`Stats`]. Relaxed: each stands alone.

@@ -12,41 +12,78 @@ use crate::channel::io::{Io, IoHandle};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::FileInner;
-use crate::ordered::{Ordered, Runs};
+use crate::ordered::{Ordered, Runs, Slot};
 use crate::pieces;
-use crate::records::extents::{self, Extent, Kind};
+use crate::records::extents::{self, Extent, Kind, Span};
 use crate::superblock::checksum32;
 use crate::txn::{Room, Stop, Txn, transact};
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation, Run};
 
-/// Finds blocks for what is to be written to `[at, at + blocks)` of a file, whose range the caller holds. Blocks that were
-/// preallocated there serve themselves, which asks for no space; for the rest blocks are allocated.
+/// Finds blocks for what is to be written to `[at, at + blocks)` of a file. The caller holds that range exclusively, and there is
+/// no other ordered extent in it. Blocks that were preallocated there serve themselves, which asks for no space; for the
+/// rest blocks are allocated.
 ///
 /// To write to them in place is sound: until publication the trees say that they were never written, so a crash shows zeroes,
 /// and so does a reader.
 pub(crate) async fn place(
     core: &Arc<Core>,
     io: &Io,
-    file: &FileInner,
+    file: &Arc<FileInner>,
     at: FileBlock,
     blocks: u64,
     room: fn(u64) -> Room,
 ) -> Result<Ordered> {
-    let end = at.plus(blocks);
+    let slot = Slot::register(core, file, at, blocks);
     let (runs, promised) = transact(core, io, |t| {
-        let kept = promised(t, file, at, end)?;
-        let fresh = blocks - kept.iter().map(|extent| extent.len).sum::<u64>();
+        let kept = promised(t, file, at, at.plus(blocks))?;
+        let fresh = blocks - blocks_of(&kept);
         t.check_room(if fresh == 0 { Room::Promised } else { room(fresh) })?;
         let runs = t.allocate(Stream::Data, fresh)?;
-        if kept.is_empty() {
-            return Ok((runs, Runs::new()));
-        }
-        let gaps = gaps(at, end, &kept);
-        let cut = t.cut(runs, gaps.iter().map(|(_, len)| *len));
-        Ok(weave(&gaps, &cut, &kept))
+        Ok(fill_gaps(t, (at, at.plus(blocks)), runs, &kept))
     })
     .await?;
-    Ok(Ordered::with_promised(core, runs, promised))
+    Ok(Ordered::new(core, Some(&slot), runs).with_promised(promised))
+}
+
+/// The same for several spans of a file that are written back: what is allocated comes from what the file has reserved. `slot` has
+/// them.
+pub(crate) async fn place_reserved(
+    core: &Arc<Core>,
+    io: &Io,
+    slot: &Arc<Slot>,
+    spans: &[Span],
+) -> Result<SmallVec<[Ordered; 1]>> {
+    let placed = transact(core, io, |t| {
+        let mut kept = SmallVec::<[_; 1]>::new();
+        let mut fresh = SmallVec::<[u64; 4]>::new();
+        for (at, end) in spans {
+            let promised = promised(t, slot.file(), *at, *end)?;
+            fresh.push(end.0 - at.0 - blocks_of(&promised));
+            kept.push(promised);
+        }
+        let all = t.allocate_reserved(slot.file(), &fresh)?;
+        let spans = spans.iter().zip(all).zip(&kept);
+        Ok(spans.map(|((span, runs), kept)| fill_gaps(t, *span, runs, kept)).collect::<SmallVec<[_; 1]>>())
+    })
+    .await?;
+    let ordered = |(runs, promised)| {
+        Ordered::new(core, Some(slot), runs).with_promised(promised).from_reserved()
+    };
+    Ok(placed.into_iter().map(ordered).collect())
+}
+
+fn blocks_of(extents: &[Extent]) -> u64 {
+    extents.iter().map(|extent| extent.len).sum()
+}
+
+/// Lets fresh `runs` fill what `kept` leaves of a span. All runs in the order of the file; and those of `kept`.
+fn fill_gaps(t: &mut Txn<'_>, (at, end): Span, runs: Runs, kept: &[Extent]) -> (Runs, Runs) {
+    if kept.is_empty() {
+        return (runs, Runs::new());
+    }
+    let gaps = gaps(at, end, kept);
+    let cut = t.cut(runs, gaps.iter().map(|(_, len)| *len));
+    weave(&gaps, &cut, kept)
 }
 
 /// The preallocated parts of `[at, end)`.
@@ -139,6 +176,11 @@ impl Stored {
             done += run.len as usize;
             (self.at.plus(from as u64), *run, &self.sums[from..done])
         })
+    }
+
+    /// How many blocks it has.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.sums.len() as u64
     }
 
     pub(crate) fn ordered(&self) -> &Ordered {

@@ -11,10 +11,10 @@ use std::sync::atomic::Ordering;
 use smallvec::{SmallVec, smallvec};
 
 use crate::channel::io::Io;
+use crate::coherence::{self, Pages};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_BLOCKS_MAX, FILE_SIZE_MAX, File, FileInner};
-use crate::range_lock::Mode;
 use crate::records::extents::{Content, Extent, Replacement};
 use crate::records::orphans::{self, Work};
 use crate::records::{extents, inodes};
@@ -42,8 +42,8 @@ pub(crate) async fn truncate_inner(
     file: &Arc<FileInner>,
     size: u64,
 ) -> Result<()> {
-    // From the last block that stays on: whoever appends or writes there waits.
-    let _guard = file.lock.lock(FileBlock::containing(size).byte()..u64::MAX, Mode::Exclusive).await;
+    // From the last block that stays on: whoever appends or writes there waits. That block is on the device, not in the cache.
+    let _guard = coherence::lock_exclusive(core, io, file, size..u64::MAX, Pages::Discard).await?;
     let old = file.size();
     if size == old {
         return Ok(());
@@ -62,9 +62,10 @@ pub(crate) async fn truncate_inner(
         }
         t.ready(plans.iter().map(Replacement::len).sum::<usize>() + 1)?;
         if size < old {
+            file.discard_pages(t.meta, kept, FileBlock(FILE_BLOCKS_MAX));
             file.map.truncate(size);
         } else {
-            file.map.set_size(size);
+            file.map.grow(size);
         }
         let published = pieces::publish(&file.map, &new_tail, &[], None);
         for plan in &plans {
@@ -79,8 +80,9 @@ pub(crate) async fn truncate_inner(
         if more && !file.unlinked.load(Ordering::Relaxed) {
             orphans::put(t, file.id, Work::Truncate)?;
         }
+        file.cut_by_truncate.store(more, Ordering::Relaxed);
+        file.set_finished(size);
         t.change_inode(file, |inode| {
-            inode.size = size;
             for plan in &plans {
                 inode.extents = inode.extents.wrapping_add_signed(plan.extents);
                 inode.blocks = inode.blocks.wrapping_add_signed(plan.blocks);
@@ -198,8 +200,13 @@ async fn drop_step(
                 inode.blocks = inode.blocks.wrapping_add_signed(plan.blocks);
             });
         }
-        // A file that lost its name during a long truncate keeps its entry, which says delete by now.
-        if !more && entry == Some(work) {
+        if let (Some(file), false) = (file, more) {
+            file.cut_by_truncate.store(false, Ordering::Relaxed);
+        }
+        // A file that lost its name during a long truncate keeps its entry, which says delete by now; one whose size on disk
+        // lags keeps it for the next commit to decide.
+        let kept = file.is_some_and(|file| file.cut_by_commit.load(Ordering::Relaxed));
+        if !more && entry == Some(work) && !kept {
             orphans::remove(t, id)?;
             if work == Work::Delete {
                 inodes::remove(t, id)?;
@@ -238,6 +245,12 @@ pub(crate) async fn reap_or_log(core: &Arc<Core>, io: &Io) {
 }
 
 async fn reap_one(core: &Arc<Core>, io: &Io, id: InodeId) -> Result<()> {
+    let file = core.meta.lock().open.get(&id).cloned();
+    if let Some(file) = file {
+        // Write-back may have some of it under way, which must be over before the file is forgotten.
+        let _guard = coherence::lock_exclusive(core, io, &file, 0..u64::MAX, Pages::Discard).await?;
+        file.discard_pages(&mut core.meta.lock(), FileBlock(0), FileBlock(FILE_BLOCKS_MAX));
+    }
     core.forget_file(id);
     while drop_step(core, io, id, None, FileBlock(0), Work::Delete).await? {}
     Ok(())

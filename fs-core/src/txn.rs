@@ -28,9 +28,10 @@ use crate::commit;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::FileInner;
-use crate::ordered::{Ordered, Runs};
+use crate::ordered::{Ordered, Runs, Slot};
 use crate::records::inodes::Inode;
 use crate::records::{TreeKind, space};
+use crate::reserve::{PAGES_PER_NODE, Reserved};
 use crate::superblock::RootOnDisk;
 use crate::tree::{self, KeyBuf, Node, NodeAlloc, NodeCache, NodePtr, Tree};
 use crate::types::{BLOCK_SIZE, BlockAddr, Generation, InodeId, Run};
@@ -83,6 +84,10 @@ pub(crate) enum Room {
     Promised,
     /// A few tree nodes.
     Metadata,
+    /// So many pages that are written later, and the metadata that they will need.
+    Delayed(u64),
+    /// So many data blocks that were reserved.
+    Reserved(u64),
     /// One data block that lets many go: it may come from what is kept back for deletes.
     Shrink,
 }
@@ -133,6 +138,8 @@ pub(crate) struct Meta {
     pub(crate) unpublished: HashSet<Run>,
     /// The earliest device epoch in which file data of the open generation was written; `u64::MAX`: there is none.
     pub(crate) oldest_epoch: u64,
+    /// What buffered writes were promised.
+    pub(crate) reserved: Reserved,
     /// Regions in which the open generation freed something.
     pub(crate) freed_in: HashSet<RegionId>,
     /// Space records that the commit in progress must bring into place.
@@ -154,7 +161,7 @@ impl Meta {
 
     /// Blocks that writes may still take.
     pub(crate) fn user_free(&self) -> u64 {
-        let kept = self.reserve() + promise_share(self.preallocated + self.preallocating);
+        let kept = self.reserve() + self.reserved.total() + promise_share(self.preallocated + self.preallocating);
         self.alloc.counts().free.saturating_sub(kept)
     }
 
@@ -352,16 +359,25 @@ impl Txn<'_> {
             Room::Data(blocks) => (blocks + blocks / 64 + 8, self.meta.user_free()),
             Room::Preallocated(blocks) => (blocks + promise_share(blocks) + 8, self.meta.user_free()),
             Room::Metadata => (16, self.meta.user_free()),
+            Room::Delayed(pages) => (pages + pages.div_ceil(PAGES_PER_NODE) + 8, self.meta.user_free()),
+            Room::Reserved(blocks) => (blocks, self.meta.alloc.counts().free),
             Room::Shrink | Room::Promised => (8, self.meta.alloc.counts().free),
         };
         if needed > available {
             return Err(Stop::Fail(Error::NoSpace { needed, available }));
         }
+        // What is delayed uses up nothing yet: it may wait for commits when its time comes.
+        if matches!(room, Room::Delayed(_)) {
+            return Ok(());
+        }
         if self.meta.cache.stats().dirty > self.meta.dirty_limit() {
             return Err(Stop::Commit);
         }
         // What is free may have to be committed first; commits themselves need the reserve.
-        let kept = if matches!(room, Room::Shrink | Room::Promised) { 0 } else { self.meta.reserve() / 2 };
+        let kept = match room {
+            Room::Shrink | Room::Promised | Room::Reserved(_) => 0,
+            _ => self.meta.reserve() / 2,
+        };
         if needed + self.meta.commit_need().max(kept) > self.meta.alloc.counts().available_now {
             return Err(self.no_space_now(needed));
         }
@@ -538,19 +554,55 @@ impl Txn<'_> {
         cut
     }
 
+    /// Allocates `lens` blocks each, all or nothing, from what `file` has reserved.
+    pub(crate) fn allocate_reserved(
+        &mut self,
+        file: &FileInner,
+        lens: &[u64],
+    ) -> Result<SmallVec<[Runs; 1]>, Stop> {
+        let blocks = lens.iter().sum();
+        self.check_room(Room::Reserved(blocks))?;
+        let mut all = SmallVec::<[Runs; 1]>::new();
+        for len in lens {
+            match self.allocate(Stream::Data, *len) {
+                Ok(runs) => all.push(runs),
+                Err(stop) => {
+                    for run in all.into_iter().flatten() {
+                        self.meta.unpublished.remove(&run);
+                        self.meta.alloc.free_now(run)?;
+                    }
+                    return Err(stop);
+                }
+            }
+        }
+        self.meta.use_reserved(file, blocks);
+        Ok(all)
+    }
+
     /// The trees refer to `runs` now.
     pub(crate) fn published(&mut self, ordered: &Ordered) {
         for run in ordered.runs() {
             self.meta.unpublished.remove(run);
         }
+        ordered.slot().into_iter().for_each(Slot::inserted);
         self.meta.oldest_epoch = self.meta.oldest_epoch.min(ordered.epoch());
     }
 
     /// Changes the inode of a file in memory; the next commit stores it.
     pub(crate) fn change_inode(&mut self, file: &Arc<FileInner>, change: impl FnOnce(&mut Inode)) {
-        let mut inode = file.inode.lock();
-        change(&mut inode);
-        inode.touch();
+        self.change_inode_quietly(file, |inode| {
+            change(inode);
+            inode.touch();
+        });
+    }
+
+    /// The same for what is no change to readers: neither version nor time follow.
+    pub(crate) fn change_inode_quietly(
+        &mut self,
+        file: &Arc<FileInner>,
+        change: impl FnOnce(&mut Inode),
+    ) {
+        change(&mut file.inode.lock());
         self.meta.changed = true;
         if !file.dirty.swap(true, Ordering::Relaxed) {
             self.meta.dirty.push(Arc::clone(file));
@@ -708,6 +760,8 @@ impl Meta {
     pub(crate) fn forget_if_unused(&mut self, file: &Arc<FileInner>) {
         let unused = file.handles.load(Ordering::Acquire) == 0
             && !file.dirty.load(Ordering::Relaxed)
+            && !file.has_cached_writes()
+            && file.ordered.count() == 0
             && !file.unlinked.load(Ordering::Relaxed);
         if unused {
             self.open.remove(&file.id);

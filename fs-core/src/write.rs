@@ -1,8 +1,9 @@
 //! A direct write.
 //!
-//! 1. lock the blocks of the range exclusively. What belongs into the tree is published there, and that is all
-//!    ([`mod@crate::inline`]);
-//! 2. find blocks, as one or several runs ([`store::place`]): those that were preallocated there, else new ones; they are owned by an [`Ordered`] extent from here on;
+//! 1. lock the blocks of the range exclusively, with no page of it in the cache and no ordered extent in it ([`lock_direct`]). What
+//!    belongs into the tree is published there, and that is all ([`mod@crate::inline`]);
+//! 2. find blocks, as one or several runs ([`store::place`]): those that were preallocated there, else new ones; they are owned by
+//!    an [`Ordered`] extent from here on;
 //! 3. fill the edges of an unaligned write from what is there ([`with_edges`]), so that whole blocks are written;
 //! 4. checksum the blocks while they are hot and write them ([`store::store`]);
 //! 5. when all of them are on the device: publish the new mapping and size (pinned), put extents and checksums into the trees,
@@ -20,12 +21,12 @@ use bdev_adapter::DmaBuf;
 use smallvec::SmallVec;
 
 use crate::channel::io::Io;
+use crate::coherence::lock_direct;
 use crate::core::Core;
-use crate::error::{Error, Result};
-use crate::file::{FILE_SIZE_MAX, File, FileInner};
+use crate::error::Result;
+use crate::file::{File, FileInner};
 use crate::ordered::Ordered;
 use crate::publish::{Change, publish};
-use crate::range_lock::{Mode, RangeGuard};
 use crate::store::{self, join};
 use crate::txn::Room;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock};
@@ -44,28 +45,6 @@ pub(crate) enum At {
     End,
 }
 
-/// Step 1: locks the blocks that `len` bytes at `at` touch; returns the byte offset too.
-pub(crate) async fn lock(file: &FileInner, at: At, len: u64) -> Result<(RangeGuard, u64)> {
-    loop {
-        let offset = match at {
-            At::Offset(offset) => offset,
-            At::End => file.size(),
-        };
-        let end = offset.checked_add(len).filter(|end| *end <= FILE_SIZE_MAX);
-        let Some(end) = end else { return Err(Error::FileTooLarge { offset, len }) };
-        let locked_end = match at {
-            At::Offset(_) => FileBlock::at_or_after(end).byte(),
-            // Appenders exclude each other: the next one begins where this one ends.
-            At::End => u64::MAX,
-        };
-        let guard = file.lock.lock(FileBlock::containing(offset).byte()..locked_end, Mode::Exclusive).await;
-        match at {
-            At::End if file.size() != offset => {}
-            _ => return Ok((guard, offset)),
-        }
-    }
-}
-
 /// Writes a buffer; without a copy when it is whole blocks. Returns the byte offset that it went to.
 pub(crate) async fn write_buf(
     core: &Arc<Core>,
@@ -78,7 +57,7 @@ pub(crate) async fn write_buf(
         return (Err(error), buf);
     }
     let inner = file.inner();
-    let (_guard, offset) = match lock(inner, at, buf.len() as u64).await {
+    let (_guard, offset) = match lock_direct(core, io, inner, at, buf.len() as u64).await {
         Ok(locked) => locked,
         Err(error) => return (Err(error), buf),
     };
@@ -154,7 +133,7 @@ type Pieces<T> = SmallVec<[T; 1]>;
 async fn allocate_all(
     core: &Arc<Core>,
     io: &Io,
-    file: &FileInner,
+    file: &Arc<FileInner>,
     offset: u64,
     len: usize,
 ) -> Result<Pieces<Piece>> {
@@ -172,7 +151,7 @@ async fn allocate_all(
 pub(crate) async fn write_slice(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> Result<u64> {
     file.check_writable()?;
     let inner = file.inner();
-    let (_guard, offset) = lock(inner, at, data.len() as u64).await?;
+    let (_guard, offset) = lock_direct(core, io, inner, at, data.len() as u64).await?;
     copy_in(core, io, inner, offset, data).await?;
     Ok(offset)
 }

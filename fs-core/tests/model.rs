@@ -320,6 +320,8 @@ fn with_helper() {
         device_bytes: 512 * MIB,
         options: MountOptions {
             commit_interval: Some(std::time::Duration::from_millis(30)),
+            writeback_age: Some(std::time::Duration::from_millis(5)),
+            page_cache_bytes: 4 << 20,
             ..MountOptions::default()
         },
         shape: Shape { file_bytes: 4 << 20, io_bytes: 3 << 20, ..Shape::few_names() },
@@ -351,7 +353,12 @@ fn fragmented_files() {
     run(Scenario {
         name: "fragmented_files",
         device_bytes: 256 * MIB,
-        options: MountOptions { node_cache_bytes: 256 << 10, checksum_cache_bytes: 16 << 10, ..quiet() },
+        options: MountOptions {
+            node_cache_bytes: 256 << 10,
+            checksum_cache_bytes: 16 << 10,
+            page_cache_bytes: 1 << 20,
+            ..quiet()
+        },
         shape: Shape {
             names: ["x", "y", "z"].map(|name| name.into()).into(),
             file_bytes: 32 << 20,

@@ -10,7 +10,9 @@ use super::{Channel, OpFuture};
 use crate::error::{Error, Result};
 use crate::file::File;
 use crate::types::InodeId;
-use crate::{commit, namespace, read, truncate, write};
+use crate::{buffered, commit, namespace, truncate, write};
+
+mod sync;
 
 /// Names per page of a listing.
 const LIST_PAGE: usize = 512;
@@ -100,7 +102,7 @@ impl Channel {
         if self.read_short_copy(file, offset, buf) {
             return Ok(buf.len());
         }
-        self.blocking(read::read_slice(&self.core, &self.shared.io, file.inner(), offset, buf))
+        self.blocking(buffered::read_slice(&self.core, &self.shared.io, file, offset, buf))
     }
 
     /// Reads into `buf`, without a copy when offset and length are multiples of 4096. The buffer comes back in any case.
@@ -112,7 +114,7 @@ impl Channel {
                     Ok(buf) => return (Ok(len), buf),
                     Err(buf) => buf,
                 };
-                let read = read::read_buf(&self.core, &self.shared.io, file.inner(), offset, buf);
+                let read = buffered::read_buf(&self.core, &self.shared.io, file, offset, buf);
                 let (result, buf) = self.block_on(read);
                 (result.map_err(|error| self.core.explain(error)), buf)
             }
@@ -127,7 +129,7 @@ impl Channel {
     /// [`Error::NoSpace`], [`Error::FileTooLarge`], [`Error::ReadOnly`], [`Error::Io`]. The old content stays then.
     pub fn write(&self, file: &File, offset: u64, data: &[u8]) -> Result<()> {
         let at = write::At::Offset(offset);
-        self.blocking(write::write_slice(&self.core, &self.shared.io, file, at, data)).map(|_| ())
+        self.blocking(buffered::write_slice(&self.core, &self.shared.io, file, at, data)).map(|_| ())
     }
 
     /// Writes `buf`, without a copy when offset and length are multiples of 4096. The buffer comes back in any case.
@@ -136,7 +138,7 @@ impl Channel {
             return (Err(error), buf);
         }
         let at = write::At::Offset(offset);
-        let (result, buf) = self.block_on(write::write_buf(&self.core, &self.shared.io, file, at, buf));
+        let (result, buf) = self.block_on(buffered::write_buf(&self.core, &self.shared.io, file, at, buf));
         (result.map(|_| ()).map_err(|error| self.core.explain(error)), buf)
     }
 
@@ -145,7 +147,7 @@ impl Channel {
     /// # Errors
     /// Those of [`write`](Self::write).
     pub fn append(&self, file: &File, data: &[u8]) -> Result<u64> {
-        self.blocking(write::write_slice(&self.core, &self.shared.io, file, write::At::End, data))
+        self.blocking(buffered::write_slice(&self.core, &self.shared.io, file, write::At::End, data))
     }
 
     /// Sets the size in bytes. What is added reads as zeroes and takes no space.

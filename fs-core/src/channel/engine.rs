@@ -7,7 +7,6 @@
 //! it when its own thread has left it alone.
 
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Wake, Waker};
 use std::time::Duration;
@@ -15,15 +14,13 @@ use std::time::Duration;
 use bdev_adapter::{DmaBuf, IoError, IoErrorKind, QueuePair, Request};
 
 use super::fast_read::FastReads;
-use super::io::{Io, Shared};
+use super::io::{Io, Shared, Task};
 use super::operation::{Completion, Operation};
 use crate::core::Core;
 use crate::file::File;
 
 /// Tags with this bit are fast reads, the others are slots of [`Shared`].
 pub(super) const FAST_READ: u64 = 1 << 63;
-
-type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 struct TaskSlot {
     task: Option<Task>,
@@ -81,7 +78,10 @@ impl Engine {
 
     /// Takes an operation over; it runs when the engine is polled.
     pub(super) fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
-        let task: Task = Box::pin(task);
+        self.adopt(Box::pin(task));
+    }
+
+    fn adopt(&mut self, task: Task) {
         let index = match self.free.pop() {
             Some(index) => {
                 self.tasks[index as usize].task = Some(task);
@@ -180,6 +180,9 @@ impl Engine {
     fn run_ready(&mut self) -> bool {
         let mut progress = false;
         while self.io.take_signal() {
+            for task in self.io.take_spawned() {
+                self.adopt(task);
+            }
             let mut ready = std::mem::take(&mut self.ready);
             self.io.take_ready(&mut ready);
             for index in ready.drain(..) {

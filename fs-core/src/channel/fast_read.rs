@@ -110,6 +110,15 @@ pub(super) enum Waited {
     General(DmaBuf),
 }
 
+/// Whether a read of what `view` shows may go past the page cache: nothing there is newer than the device, and the view, which
+/// was taken before that was looked at, is the current one. (A file that was never buffered needs one look.)
+#[inline]
+fn bypasses_cache(file: &File, view: &View<'_>) -> bool {
+    let inner = file.inner();
+    let cached = inner.pages_if_any().is_some();
+    !file.is_buffered() && (!cached || (!inner.has_cached_writes() && inner.map.is_current(view)))
+}
+
 /// The fast reads of a channel.
 pub(crate) struct FastReads {
     core: Arc<Core>,
@@ -246,9 +255,9 @@ impl FastReads {
         debug_assert!(self.holds.holds_any(), "a view is taken that nothing holds");
         let guard = crate::extent_map::pin();
         let view_of = |file: u32| {
-            let file = files[file as usize].inner();
-            let view = file.map.view(&guard);
-            (view, self.bypasses_cache(file, &view))
+            let file = &files[file as usize];
+            let view = file.inner().map.view(&guard);
+            (view, bypasses_cache(file, &view))
         };
         let (mut file, (mut view, mut direct)) = (first.file, view_of(first.file));
         let mut queries = [(view, FileBlock(0)); BATCH];
@@ -276,14 +285,6 @@ impl FastReads {
             self.prefetch_sums(&places);
         }
         places
-    }
-
-    /// Whether the cached pages of `file` have nothing to say about what `view` shows: it may be read from the device. To be
-    /// asked after the view was taken. (There is no page cache yet. When there is: none of its pages may be newer than the
-    /// device, and then the view must still be the current one.)
-    #[inline]
-    fn bypasses_cache(&self, file: &FileInner, view: &View<'_>) -> bool {
-        file.map.is_current(view)
     }
 
     /// Asks the processor for the checksums that are not in the extents themselves.

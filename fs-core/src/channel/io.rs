@@ -20,6 +20,9 @@ use super::holds::HoldSet;
 use super::operation;
 use crate::error::{Error, Result};
 
+/// What an engine drives.
+pub(crate) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// One request in flight.
 enum Slot {
     Free { next: u32 },
@@ -41,6 +44,8 @@ pub(crate) struct Shared {
     io: Mutex<IoState>,
     /// Tasks to run.
     ready: Mutex<Vec<u32>>,
+    /// Tasks that operations have started and that the engine takes over when it is polled.
+    spawned: Mutex<Vec<Task>>,
     /// Results of finished operations that were submitted with a tag.
     results: Mutex<Vec<operation::Completion>>,
     /// There are some. Set and cleared under the lock of `results`; a look without it only saves taking it.
@@ -71,6 +76,7 @@ impl Io {
         Io(Arc::new(Shared {
             io: Mutex::new(IoState { outbox: Vec::new(), slots: Vec::new(), free: NO_SLOT }),
             ready: Mutex::new(Vec::new()),
+            spawned: Mutex::new(Vec::new()),
             results: Mutex::new(Vec::new()),
             has_results: AtomicBool::new(false),
             signal: AtomicBool::new(false),
@@ -117,6 +123,25 @@ impl Io {
         let (result, bufs) = self.call(Request::read(offset, buf, 0)).await;
         result.map_err(|e| Error::io(format!("reading {what}"), e))?;
         bufs.into_one().ok_or_else(|| Error::corrupt("the device lost a buffer"))
+    }
+
+    /// Starts `task` as an operation of its own, which nobody waits for; its channel drives it.
+    pub(crate) fn spawn(&self, task: Task) {
+        self.0.spawned.lock().push(task);
+        self.0.raise();
+    }
+
+    /// Lets the channel go on with everything else once.
+    pub(crate) async fn yield_now(&self) {
+        let mut yielded = false;
+        std::future::poll_fn(|cx| {
+            if std::mem::replace(&mut yielded, true) {
+                return Poll::Ready(());
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await;
     }
 
     pub(super) fn weak(&self) -> std::sync::Weak<Shared> {
@@ -171,6 +196,10 @@ impl Shared {
 
     pub(super) fn set_sleeper(&self, thread: Option<std::thread::Thread>) {
         *self.sleeper.lock() = thread;
+    }
+
+    pub(super) fn take_spawned(&self) -> Vec<Task> {
+        std::mem::take(&mut *self.spawned.lock())
     }
 
     pub(super) fn take_ready(&self, into: &mut Vec<u32>) {

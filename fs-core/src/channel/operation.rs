@@ -26,6 +26,11 @@ impl OpenFlags {
     /// The handle refuses to write.
     pub const READ_ONLY: OpenFlags = OpenFlags(8);
 
+    /// Reads and writes go through the page cache, which all files of the mount share. What is written is accepted when it is there and
+    /// has its space reserved; it goes to the device later. Direct and buffered handles on one file see the same bytes at
+    /// every moment.
+    pub const BUFFERED: OpenFlags = OpenFlags(16);
+
     /// True when all of `flags` are set.
     pub fn contains(self, flags: OpenFlags) -> bool {
         self.0 & flags.0 == flags.0
@@ -50,6 +55,8 @@ pub struct Stat {
     pub size: u64,
     /// Bytes of device space that its data takes (metadata apart).
     pub allocated_bytes: u64,
+    /// Bytes of pages that were written through the page cache and have not got their place on the device yet.
+    pub delayed_bytes: u64,
     /// Extents: records that map a range of the file to the device.
     pub extents: u64,
     /// Last change of content or size.
@@ -207,6 +214,15 @@ pub enum Operation {
     SyncFile {
         /// The file.
         file: File,
+    },
+    /// Make a range of the file durable, with its size and name.
+    SyncRange {
+        /// The file.
+        file: File,
+        /// Byte offset.
+        offset: u64,
+        /// Bytes.
+        len: u64,
     },
     /// Make everything durable.
     Sync,

@@ -104,7 +104,7 @@ pub struct PublishWrite<'a> {
     /// What is mapped anew. Pinned until [`ExtentMap::unpin`]. Not empty, not [`Mapping::Unknown`], addresses below 2^48,
     /// checksums only on single blocks; where they overlap, the later one holds.
     pub extents: &'a [NewExtent],
-    /// The new size in bytes, if it changes.
+    /// The file ends at this byte at least; a publication never makes it smaller.
     pub size: Option<u64>,
 }
 
@@ -192,6 +192,11 @@ impl ExtentMap {
         inside(&now) == inside(view)
     }
 
+    /// Lets the file end at byte `size` at least. Writers of different ranges may do so at once.
+    pub(crate) fn grow(&self, size: u64) -> FileVersion {
+        self.change(|draft, _| draft.view.size = draft.view.size.max(size))
+    }
+
     /// Publishes a write: its extents, pinned, and the size, in one swap. A reader sees all of it or nothing.
     ///
     /// # Panics
@@ -219,7 +224,7 @@ impl ExtentMap {
                 draft.replace(extent.range, (value, sum), &mut |_, _| {});
                 history.record(extent.range);
             }
-            draft.view.size = write.size.unwrap_or(draft.view.size);
+            draft.view.size = draft.view.size.max(write.size.unwrap_or(0));
         })
     }
 

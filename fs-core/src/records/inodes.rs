@@ -64,6 +64,7 @@ impl Inode {
             id,
             size: self.size,
             allocated_bytes: self.blocks * BLOCK_SIZE as u64,
+            delayed_bytes: 0,
             extents: self.extents,
             modified: time(self.modified_ns),
             created: time(self.created_ns),

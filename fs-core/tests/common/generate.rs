@@ -38,6 +38,8 @@ pub(crate) struct Shape {
     pub(crate) sparse_one_in: u32,
     /// Once in so many operations, one that must be refused; 0: never.
     pub(crate) bad_one_in: u32,
+    /// Of a hundred handles, so many are buffered; several on one file may be of both kinds.
+    pub(crate) buffered_percent: u32,
 }
 
 impl Shape {
@@ -61,6 +63,7 @@ impl Shape {
             sync_permille: 12,
             sparse_one_in: 300,
             bad_one_in: 100,
+            buffered_percent: 50,
         }
     }
 
@@ -225,6 +228,8 @@ impl Generator {
             17 => OpenFlags::READ_ONLY | OpenFlags::CREATE,
             _ => OpenFlags::READ_ONLY,
         };
+        let buffered = self.rng.random_range(0..100) < self.shape.buffered_percent;
+        let flags = if buffered { flags | OpenFlags::BUFFERED } else { flags };
         let index = self.rng.random_range(0..self.shape.names.len());
         let name = self.shape.names[index].clone();
         Op::Open { name, flags, handle: Handle(self.fresh()) }

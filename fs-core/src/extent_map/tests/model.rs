@@ -202,7 +202,7 @@ impl World {
 
     fn publish(&mut self, extents: &[NewExtent]) {
         let size = self.rng.random_bool(0.3).then(|| self.rng.random_range(0..(self.base + WINDOW) << 12));
-        self.size = size.unwrap_or(self.size);
+        self.size = self.size.max(size.unwrap_or(0));
         self.map.publish(PublishWrite { extents, size });
         for extent in extents {
             World::put(&mut self.truth, self.base, extent);

@@ -17,7 +17,10 @@ fn torn_views(rule: Option<Mutation>, writes: u64) -> u64 {
     settle(&map, &[data(0, 60_000, 0)]);
     let tag = AtomicU64::new(1);
     let (done, torn) = (AtomicBool::new(false), AtomicU64::new(0));
+    // The size never shrinks by a publication, so tags are published in their order.
+    let order = parking_lot::Mutex::new(());
     let write_one = || {
+        let _turn = order.lock();
         let tag = tag.fetch_add(1, Ordering::Relaxed);
         let extents = PLACES.map(|block| data(block, 1, tag * STRIDE + block));
         map.publish(PublishWrite { extents: &extents, size: Some(tag) });
