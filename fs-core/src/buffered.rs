@@ -131,7 +131,7 @@ async fn write(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> R
             break offset;
         }
         match accept(core, io, inner, offset, data).await {
-            Err(Error::NoSpace { .. }) if !flushed && core.pages.busy_pages() > 0 => {
+            Err(Error::NoSpace { .. }) if !flushed && writeback::may_free(core) => {
                 // What dirty pages replace, and what was reserved for the worst case, comes back when they are written.
                 flushed = true;
                 drop(guard);
@@ -335,7 +335,8 @@ async fn copy_out(
                 waited = true;
                 continue;
             }
-            let buf = fill(core, io, file, first..first + count as u64, handle.is_some().then_some(true)).await?;
+            let buf =
+                fill(core, io, file, first..first + count as u64, handle.is_some().then_some(true)).await?;
             copy_blocks(buf.chunks_exact(BLOCK_SIZE), skip, out);
         }
         at = stop;

@@ -18,6 +18,7 @@ use crate::records::{extents, names};
 use crate::truncate;
 use crate::txn::{Room, Stop, Txn, transact};
 use crate::types::{FileBlock, InodeId};
+use crate::writeback::transact_with_room;
 
 /// A deleted file with at most so many extents is gone in the transaction that removes its name.
 const SMALL_FILE_EXTENTS: u64 = 16;
@@ -28,7 +29,7 @@ const LIST_MAX: usize = 4096;
 pub(crate) async fn create(core: &Arc<Core>, io: &Io, name: &[u8]) -> Result<InodeId> {
     core.check_writable()?;
     names::check(name)?;
-    transact(core, io, |t| {
+    transact_with_room(core, io, |t| {
         if names::find(t, name)?.is_some() {
             return Err(Stop::Fail(Error::Exists { name: name.to_vec() }));
         }
@@ -57,7 +58,7 @@ pub(crate) async fn open(core: &Arc<Core>, io: &Io, name: &[u8], flags: OpenFlag
     if writes {
         core.check_writable()?;
     }
-    let inner = transact(core, io, |t| {
+    let inner = transact_with_room(core, io, |t| {
         let (id, inode, fresh) = match names::find(t, name)? {
             Some(_) if flags.contains(OpenFlags::CREATE | OpenFlags::EXCLUSIVE) => {
                 return Err(Stop::Fail(Error::Exists { name: name.to_vec() }));
@@ -120,7 +121,7 @@ pub(crate) async fn rename(core: &Arc<Core>, io: &Io, from: &[u8], to: &[u8]) ->
     core.check_writable()?;
     names::check(from)?;
     names::check(to)?;
-    let later = transact(core, io, |t| {
+    let later = transact_with_room(core, io, |t| {
         let id = names::expect(t, from)?;
         if from == to {
             return Ok(false);

@@ -597,11 +597,7 @@ impl Txn<'_> {
     }
 
     /// The same for what is no change to readers: neither version nor time follow.
-    pub(crate) fn change_inode_quietly(
-        &mut self,
-        file: &Arc<FileInner>,
-        change: impl FnOnce(&mut Inode),
-    ) {
+    pub(crate) fn change_inode_quietly(&mut self, file: &Arc<FileInner>, change: impl FnOnce(&mut Inode)) {
         change(&mut file.inode.lock());
         self.meta.changed = true;
         if !file.dirty.swap(true, Ordering::Relaxed) {

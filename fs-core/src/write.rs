@@ -23,14 +23,16 @@ use smallvec::SmallVec;
 use crate::channel::io::Io;
 use crate::coherence::lock_direct;
 use crate::core::Core;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::file::{File, FileInner};
 use crate::ordered::Ordered;
 use crate::publish::{Change, publish};
+use crate::range_lock::RangeGuard;
+use crate::records::extents::Content;
 use crate::store::{self, join};
 use crate::txn::Room;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock};
-use crate::{inline, read};
+use crate::{inline, read, writeback};
 
 /// Largest write in bytes that is whole or absent after a crash.
 pub const ATOMIC_WRITE_MAX: usize = 1 << 20;
@@ -57,17 +59,16 @@ pub(crate) async fn write_buf(
         return (Err(error), buf);
     }
     let inner = file.inner();
-    let (_guard, offset) = match lock_direct(core, io, inner, at, buf.len() as u64).await {
+    let (_guard, offset, place) = match lock_and_place(core, io, inner, at, &buf).await {
         Ok(locked) => locked,
         Err(error) => return (Err(error), buf),
     };
-    if (offset | buf.len() as u64) & BLOCK_MASK != 0 {
-        let result = copy_in(core, io, inner, offset, &buf).await;
-        return (result.map(|()| offset), buf);
-    }
-    let pieces = match allocate_all(core, io, inner, offset, buf.len()).await {
-        Ok(pieces) => pieces,
-        Err(error) => return (Err(error), buf),
+    let pieces = match place {
+        Place::Blocks(pieces) if (offset | buf.len() as u64) & BLOCK_MASK == 0 => pieces,
+        place => {
+            let result = copy_in(core, io, inner, offset, place, &buf).await;
+            return (result.map(|()| offset), buf);
+        }
     };
     let mut written: Option<DmaBuf> = None;
     let mut all = Pieces::new();
@@ -129,6 +130,48 @@ impl Piece {
 /// Mostly there is one.
 type Pieces<T> = SmallVec<[T; 1]>;
 
+/// Where a write goes.
+#[allow(clippy::large_enum_variant, reason = "nearly all writes are of the large kind")]
+enum Place {
+    /// Into the tree: what block 0 will hold.
+    Inline(Content),
+    /// To these blocks.
+    Blocks(Pieces<Piece>),
+}
+
+/// Steps 1 and 2. Should there be no space while pages wait to be written back, then without the lock they are, once: what they replace,
+/// and what was reserved for the worst case, comes back.
+async fn lock_and_place(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    at: At,
+    data: &[u8],
+) -> Result<(RangeGuard, u64, Place)> {
+    let mut tried = false;
+    loop {
+        let (guard, offset) = lock_direct(core, io, file, at, data.len() as u64).await?;
+        match place(core, io, file, offset, data).await {
+            Err(Error::NoSpace { .. })
+                if !std::mem::replace(&mut tried, true) && writeback::may_free(core) =>
+            {
+                drop(guard);
+                // Their errors are noted with their files.
+                let _ = writeback::all(core, io).await;
+            }
+            place => return Ok((guard, offset, place?)),
+        }
+    }
+}
+
+/// Step 2.
+async fn place(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, data: &[u8]) -> Result<Place> {
+    match inline::content_after(core, io, file, &[(offset, data)]).await? {
+        Some(content) => Ok(Place::Inline(content)),
+        None => allocate_all(core, io, file, offset, data.len()).await.map(Place::Blocks),
+    }
+}
+
 /// Step 2 for all pieces of a write.
 async fn allocate_all(
     core: &Arc<Core>,
@@ -151,19 +194,29 @@ async fn allocate_all(
 pub(crate) async fn write_slice(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> Result<u64> {
     file.check_writable()?;
     let inner = file.inner();
-    let (_guard, offset) = lock_direct(core, io, inner, at, data.len() as u64).await?;
-    copy_in(core, io, inner, offset, data).await?;
+    let (_guard, offset, place) = lock_and_place(core, io, inner, at, data).await?;
+    copy_in(core, io, inner, offset, place, data).await?;
     Ok(offset)
 }
 
-/// Writes `data` at `offset` of a file whose range is locked.
-async fn copy_in(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, data: &[u8]) -> Result<()> {
-    if let Some(content) = inline::content_after(core, io, file, &[(offset, data)]).await? {
-        let end = offset + data.len() as u64;
-        return publish(core, io, SmallVec::from_buf([Change::inline(file, content, end)])).await;
-    }
+/// Writes `data` at `offset` of a file whose range is locked, through a copy.
+async fn copy_in(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    offset: u64,
+    place: Place,
+    data: &[u8],
+) -> Result<()> {
+    let pieces = match place {
+        Place::Inline(content) => {
+            let end = offset + data.len() as u64;
+            return publish(core, io, SmallVec::from_buf([Change::inline(file, content, end)])).await;
+        }
+        Place::Blocks(pieces) => pieces,
+    };
     let mut all = Pieces::new();
-    for piece in allocate_all(core, io, file, offset, data.len()).await? {
+    for piece in pieces {
         let from = (piece.offset - offset) as usize;
         let buf = with_edges(core, io, file, piece.offset, &data[from..from + piece.len]).await?;
         let (at, end) = (piece.at(), piece.end());

@@ -39,7 +39,7 @@ use crate::publish::{Change, publish};
 use crate::range_lock::{Mode, RangeGuard};
 use crate::reserve::Reservation;
 use crate::store::{self, Sent};
-use crate::txn::transact;
+use crate::txn::{Stop, Txn, transact};
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock};
 
 /// Units that a flight takes at most: 1 MiB.
@@ -59,7 +59,12 @@ const ALL: Range<u64> = 0..FILE_BLOCKS_MAX;
 ///
 /// # Errors
 /// Why it failed.
-pub(crate) async fn range(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, blocks: Range<u64>) -> Result<()> {
+pub(crate) async fn range(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    blocks: Range<u64>,
+) -> Result<()> {
     let Some(pages) = file.pages_if_any() else { return Ok(()) };
     pass(core, io, file, pages, blocks.clone(), u64::MAX).await.1?;
     file.ordered.wait(blocks).await;
@@ -93,6 +98,27 @@ pub(crate) async fn all(core: &Arc<Core>, io: &Io) -> Result<()> {
         result = result.and(sync(core, io, &file, ALL).await);
     }
     result.and(core.pages.first_error().map_or(Ok(()), Err))
+}
+
+/// Whether space may come back with the write-back of pages.
+pub(crate) fn may_free(core: &Core) -> bool {
+    core.pages.busy_pages() > 0
+}
+
+/// [`transact`] for a caller that holds no range lock: should there be no space while pages wait to be written back, they are, once.
+pub(crate) async fn transact_with_room<T>(
+    core: &Arc<Core>,
+    io: &Io,
+    mut body: impl FnMut(&mut Txn<'_>) -> Result<T, Stop> + Send,
+) -> Result<T> {
+    match transact(core, io, &mut body).await {
+        Err(Error::NoSpace { .. }) if may_free(core) => {
+            // Their errors are noted with their files.
+            let _ = all(core, io).await;
+            transact(core, io, body).await
+        }
+        result => result,
+    }
 }
 
 /// Whether so much is dirty that writers have to help.

@@ -38,10 +38,12 @@ fn name(rng: &mut SmallRng) -> Vec<u8> {
 /// One change, to the filesystem and to the model.
 fn change(rng: &mut SmallRng, channel: &Channel, files: &mut Files, tag: u64) {
     let (a, b) = (name(rng), name(rng));
+    // Some go through the page cache, where they stay until the next sync, or a direct write, needs them on the device.
+    let flags = if rng.random() { OpenFlags::CREATE | OpenFlags::BUFFERED } else { OpenFlags::CREATE };
     match rng.random_range(0..15) {
         10..15 => space(rng, channel, files, tag),
         0..=5 => {
-            let file = channel.open(&a, OpenFlags::CREATE).expect("open");
+            let file = channel.open(&a, flags).expect("open");
             let content = files.entry(a).or_default();
             let offset = rng.random_range(0..200_000usize);
             let data = pattern(tag, rng.random_range(1..150_000));

@@ -329,7 +329,8 @@ impl FilePages {
             match page {
                 NewPage::Whole { page, .. } => unit.pages[slot] = Some(page.clone()),
                 NewPage::Part { skip, bytes, base, .. } => {
-                    let page = unit.pages[slot].get_or_insert_with(|| base.clone().unwrap_or_else(Page::zeroed));
+                    let page =
+                        unit.pages[slot].get_or_insert_with(|| base.clone().unwrap_or_else(Page::zeroed));
                     page.make_mut()[*skip..*skip + bytes.len()].copy_from_slice(bytes);
                 }
             }
@@ -588,4 +589,3 @@ impl Drop for FilePages {
         }
     }
 }
-

@@ -124,7 +124,8 @@ fn low_priority_goes_first_and_high_stays() {
             pages.insert(file, unit * 16, &vec![page(1); 16], true);
         }
     }
-    let left = |n: usize| (0..160).filter(|block| files[n].1.first_missing(*block..block + 1).is_none()).count();
+    let left =
+        |n: usize| (0..160).filter(|block| files[n].1.first_missing(*block..block + 1).is_none()).count();
     cache.set_limit_bytes(20 * 16 << 12);
     assert_eq!((left(0), left(1), left(2)), (0, 160, 160));
     cache.set_limit_bytes(12 * 16 << 12);

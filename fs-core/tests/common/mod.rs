@@ -15,6 +15,7 @@
 
 pub(crate) mod driver;
 pub(crate) mod footprint;
+pub(crate) mod gate;
 pub(crate) mod generate;
 pub(crate) mod op;
 pub(crate) mod reference;

@@ -1,0 +1,314 @@
+//! The races between the page cache and what goes past it, each as one interleaving that is the same every time: two channels, driven by
+//! hand, and a device that keeps answers back until it is told to let them go.
+//!
+//! Each test says which rule it guards. With the rule broken it fails; `docs/architecture.md` has the list.
+
+mod common;
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use bdev_adapter::mem::MemDevice;
+use bdev_adapter::wrap::fault::{Effect, Fault, FaultDevice, FaultPlan, Target, When};
+use bdev_adapter::{Device, DmaBuf, IoErrorKind};
+use common::gate::{GateDevice, Keep};
+use common::{BLOCK, MIB, Watchdog, check, fresh, mount, pattern, quiet};
+use fs_core::{Accounting, Channel, Error, File, Filesystem, MountOptions, OpenFlags};
+
+const ONE: usize = BLOCK as usize;
+
+/// A mount on a gate, with two channels and a file of 16 blocks that is open in both ways. Nothing of it is cached.
+struct Scene {
+    memory: Arc<MemDevice>,
+    fault: Arc<FaultDevice>,
+    gate: Arc<GateDevice>,
+    fs: Filesystem,
+    a: Channel,
+    b: Channel,
+    buffered: File,
+    direct: File,
+    _watchdog: Watchdog,
+}
+
+type Run<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+impl Scene {
+    fn new(test: &str, options: &MountOptions) -> Scene {
+        let _watchdog = Watchdog::start(test, 0, 60);
+        let memory = MemDevice::new(32 * MIB, 4096).expect("a device");
+        let fault = FaultDevice::wrap(memory.clone(), FaultPlan::default());
+        let gate = GateDevice::wrap(fault.clone());
+        let fs = fresh(&(gate.clone() as Arc<dyn Device>), options);
+        let (a, b) = (fs.channel().expect("channel"), fs.channel().expect("channel"));
+        let direct = a.open("f", OpenFlags::CREATE).expect("open");
+        a.write(&direct, 0, &pattern(0, 16 * ONE)).expect("write");
+        a.sync().expect("sync");
+        let buffered = a.open("f", OpenFlags::BUFFERED).expect("open");
+        Scene { memory, fault, gate, fs, a, b, buffered, direct, _watchdog }
+    }
+
+    fn buffer(&self, channel: &Channel, data: &[u8]) -> DmaBuf {
+        let mut buf = channel.buffer(data.len()).expect("buffer");
+        buf.copy_from_slice(data);
+        buf
+    }
+
+    fn write<'a>(
+        &self,
+        channel: &'a Channel,
+        file: &File,
+        offset: u64,
+        data: &[u8],
+    ) -> Run<'a, Result<(), Error>> {
+        let write = channel.write_async(file, offset, self.buffer(channel, data));
+        Box::pin(async move { write.await.0 })
+    }
+
+    fn read<'a>(&self, channel: &'a Channel, file: &File, offset: u64, len: usize) -> Run<'a, Vec<u8>> {
+        let read = channel.read_async(file, offset, channel.buffer(len).expect("buffer"));
+        Box::pin(async move {
+            let (result, buf) = read.await;
+            buf[..result.expect("read")].to_vec()
+        })
+    }
+
+    /// What a new buffered read, and a direct one, find.
+    #[track_caller]
+    fn finds(&self, offset: u64, expected: &[u8], what: &str) {
+        for file in [&self.buffered, &self.direct] {
+            let mut found = vec![0; expected.len()];
+            assert_eq!(self.a.read(file, offset, &mut found).expect("read"), expected.len());
+            assert!(found == expected, "{what} (buffered: {})", file.is_buffered());
+        }
+    }
+
+    /// Ends well: nothing is on its way, and all is in order.
+    fn end(self) {
+        self.gate.keep(Keep::Nothing);
+        self.a.sync().expect("sync");
+        assert_eq!(self.direct.accounting(), Accounting::default());
+        check(&self.fs, &self.a);
+    }
+}
+
+/// Polls `run` often enough for everything that can go on without others.
+fn step<T>(run: &mut Run<'_, T>) -> Option<T> {
+    let mut cx = Context::from_waker(Waker::noop());
+    for _ in 0..200 {
+        if let Poll::Ready(value) = run.as_mut().poll(&mut cx) {
+            return Some(value);
+        }
+    }
+    None
+}
+
+/// Rule 3, fills: a page that was found missing is brought in under the lock that it was looked up with. A fill that holds nothing puts
+/// what it read into the cache after a direct write has replaced it, and it is read from there ever after.
+#[test]
+fn a_direct_write_waits_for_a_fill_and_drops_its_page() {
+    let scene = Scene::new("a_direct_write_waits_for_a_fill", &quiet());
+    scene.gate.keep(Keep::Reads);
+    let mut fill = scene.read(&scene.a, &scene.buffered, 0, ONE);
+    assert!(step(&mut fill).is_none(), "the device has not answered");
+    let mut write = scene.write(&scene.b, &scene.direct, 0, &pattern(1, ONE));
+    let early = step(&mut write);
+    scene.gate.keep(Keep::Nothing);
+    assert_eq!(step(&mut fill).expect("answered"), pattern(0, ONE));
+    if early.is_none() {
+        step(&mut write).expect("the range is free").expect("write");
+    }
+    scene.finds(0, &pattern(1, ONE), "a stale page stayed in the cache");
+    assert!(early.is_none(), "a direct write went on amid a fill");
+    drop((fill, write));
+    scene.end();
+}
+
+/// Rule 3, direct writes: pages are looked for once the lock is held. This write waits for the lock while a page comes in that
+/// was not there when it began.
+#[test]
+fn a_direct_write_looks_for_pages_once_it_holds_the_range() {
+    let scene = Scene::new("a_direct_write_looks_for_pages", &quiet());
+    // Somebody else fills block 1, and holds blocks 0 and 1 meanwhile; block 0 is here already.
+    scene.gate.keep(Keep::Reads);
+    let mut fill = scene.read(&scene.a, &scene.buffered, 0, 2 * ONE);
+    assert!(step(&mut fill).is_none());
+    let mut write = scene.write(&scene.b, &scene.direct, BLOCK, &pattern(1, ONE));
+    assert!(step(&mut write).is_none(), "the range is held");
+    scene.gate.keep(Keep::Nothing);
+    assert_eq!(step(&mut fill).expect("answered"), pattern(0, 2 * ONE));
+    step(&mut write).expect("the range is free").expect("write");
+    scene.finds(BLOCK, &pattern(1, ONE), "a page that came in while the write waited is stale");
+    drop((fill, write));
+    scene.end();
+}
+
+/// Rule 2: a buffered write holds its range from before it reads edges until its pages are dirty. If it let go in between, a direct
+/// write would be lost under the edge that was read before it.
+#[test]
+fn a_buffered_write_holds_its_range_until_its_pages_are_dirty() {
+    let scene = Scene::new("a_buffered_write_holds_its_range", &quiet());
+    scene.gate.keep(Keep::Reads);
+    let mut part = scene.write(&scene.a, &scene.buffered, 100, b"part");
+    assert!(step(&mut part).is_none(), "its edge is being read");
+    let mut write = scene.write(&scene.b, &scene.direct, 0, &pattern(1, ONE));
+    let early = step(&mut write);
+    scene.gate.keep(Keep::Nothing);
+    step(&mut part).expect("answered").expect("write");
+    if early.is_none() {
+        step(&mut write).expect("the range is free").expect("write");
+    }
+    scene.finds(0, &pattern(1, ONE), "a direct write was lost under an old edge");
+    drop((part, write));
+    scene.end();
+}
+
+/// Buffered reads: the view is taken after a page was found missing. This reader waits for its lock while a page gets dirty, is
+/// written back and evicted: a view from before that knows the old block only.
+#[test]
+fn a_fill_takes_its_view_after_the_page_was_found_missing() {
+    let scene = Scene::new("a_fill_takes_its_view_late", &quiet());
+    scene.gate.keep(Keep::Reads);
+    // It writes block 0 and a part of block 1, whose rest it has to read: so it holds both.
+    let mut write = scene.write(&scene.a, &scene.buffered, 0, &pattern(1, ONE + 10));
+    assert!(step(&mut write).is_none());
+    let mut read = scene.read(&scene.b, &scene.buffered, 0, ONE);
+    assert!(step(&mut read).is_none(), "the range is held");
+    scene.gate.keep(Keep::Nothing);
+    step(&mut write).expect("answered").expect("write");
+    // The reader has the range now, and has not looked. Shared, as write-back needs it too.
+    scene.a.sync_file(&scene.direct).expect("sync");
+    scene.fs.set_cache_bytes(0);
+    assert_eq!(scene.fs.stats().page_cache_bytes, 0);
+    assert_eq!(step(&mut read).expect("free"), pattern(1, ONE), "a read went to a block of the past");
+    drop((read, write));
+    scene.end();
+}
+
+/// The same for a direct read: it looks for newer pages, and then whether its view is still the current one. Here a view is
+/// old by the time that its extents are loaded.
+#[test]
+fn a_direct_read_sees_pages_in_every_state() {
+    let scene = Scene::new("a_direct_read_sees_pages", &quiet());
+    scene.a.write(&scene.buffered, 0, &pattern(1, ONE)).expect("write");
+    scene.finds(0, &pattern(1, ONE), "dirty");
+    // In flight: the device has not answered the write.
+    scene.gate.keep(Keep::Writes);
+    let mut sync: Run<'_, _> = Box::pin(scene.a.sync_file_async(&scene.direct));
+    assert!(step(&mut sync).is_none());
+    assert_eq!(scene.direct.accounting().writeback_bytes, BLOCK);
+    let mut read = scene.read(&scene.b, &scene.direct, 0, ONE);
+    assert_eq!(step(&mut read).expect("from memory"), pattern(1, ONE), "in flight");
+    // Written again while it is in flight: the flight has the old page, the cache the new one.
+    let mut again = scene.write(&scene.b, &scene.buffered, 0, &pattern(2, ONE));
+    step(&mut again).expect("a buffered write waits for no flight").expect("write");
+    assert_eq!(scene.direct.accounting().delalloc_bytes, BLOCK);
+    // A direct write waits for the flight and for the write-back of what is newer.
+    let mut direct = scene.write(&scene.b, &scene.direct, 0, &pattern(3, ONE));
+    assert!(step(&mut direct).is_none(), "a direct write went past an ordered extent");
+    scene.gate.keep(Keep::Nothing);
+    step(&mut sync).expect("answered").expect("sync");
+    step(&mut direct).expect("free").expect("write");
+    scene.finds(0, &pattern(3, ONE), "after all of it");
+    drop((sync, read, again, direct));
+    scene.end();
+}
+
+/// Rule 3, size on disk: of two direct appends the second is finished and the first is not. A commit must not store a size
+/// that covers the first; a sync of the file must wait for it.
+#[test]
+fn a_commit_stores_no_size_that_covers_an_unfinished_write() {
+    let scene = Scene::new("a_commit_stores_no_size", &quiet());
+    let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
+    scene.gate.keep(Keep::Writes);
+    let mut first = scene.write(&scene.a, &scene.direct, 16 * BLOCK, &pattern(1, 16 * ONE));
+    assert!(step(&mut first).is_none());
+    // The gate keeps what was sent while it was closed; the rest goes on.
+    scene.gate.keep(Keep::Reads);
+    let mut second = scene.write(&scene.b, &scene.direct, 32 * BLOCK, &pattern(2, 16 * ONE));
+    step(&mut second).expect("answered").expect("write");
+    assert_eq!(scene.direct.size(), 48 * BLOCK, "readers see it");
+    let mut commit: Run<'_, _> = Box::pin(scene.b.sync_file_async(&other));
+    step(&mut commit).expect("it has no part in it").expect("sync");
+    // The power fails here.
+    let crashed: Arc<dyn Device> = MemDevice::from_image(&scene.memory.snapshot()).expect("a device");
+    let mut sync: Run<'_, _> = Box::pin(scene.b.sync_file_async(&scene.direct));
+    assert!(step(&mut sync).is_none(), "what the sync is to save lies behind an unfinished write");
+    scene.gate.keep(Keep::Nothing);
+    step(&mut first).expect("answered").expect("write");
+    step(&mut sync).expect("both are there").expect("sync");
+    drop((first, second, commit, sync));
+    let synced: Arc<dyn Device> = MemDevice::from_image(&scene.memory.snapshot()).expect("a device");
+    scene.end();
+
+    let fs = mount(&crashed, &quiet());
+    let channel = fs.channel().expect("channel");
+    let file = channel.open("f", OpenFlags::READ_WRITE).expect("open");
+    assert_eq!(file.size(), 16 * BLOCK, "the size covers what is not there");
+    // And what lies behind it does not come back.
+    channel.truncate(&file, 64 * BLOCK).expect("truncate");
+    let mut found = vec![1; 48 * ONE];
+    channel.read(&file, 16 * BLOCK, &mut found).expect("read");
+    assert!(found.iter().all(|byte| *byte == 0), "content beyond the size came back");
+    check(&fs, &channel);
+    let fs = mount(&synced, &quiet());
+    let channel = fs.channel().expect("channel");
+    assert_eq!(channel.open("f", OpenFlags::READ_ONLY).expect("open").size(), 48 * BLOCK);
+    check(&fs, &channel);
+}
+
+/// The first of two appends fails: the second, which a commit could not cover until then, must become durable all the same.
+#[test]
+fn a_failed_write_does_not_hold_the_size_back_for_ever() {
+    let scene = Scene::new("a_failed_write_does_not_hold", &quiet());
+    let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
+    let eio = Effect::Error(IoErrorKind::Os(5));
+    scene.gate.keep(Keep::Writes);
+    scene.fault.set_plan(FaultPlan::new(1, vec![Fault::new(Target::Writes, When::Nth(1), eio)]));
+    let mut first = scene.write(&scene.a, &scene.direct, 16 * BLOCK, &pattern(1, 16 * ONE));
+    assert!(step(&mut first).is_none());
+    scene.gate.keep(Keep::Reads);
+    let mut second = scene.write(&scene.b, &scene.direct, 32 * BLOCK, &pattern(2, ONE));
+    step(&mut second).expect("answered").expect("write");
+    let mut commit: Run<'_, _> = Box::pin(scene.b.sync_file_async(&other));
+    step(&mut commit).expect("it has no part in it").expect("sync");
+    scene.gate.keep(Keep::Nothing);
+    step(&mut first).expect("answered").expect_err("the device said no");
+    let mut sync: Run<'_, _> = Box::pin(scene.b.sync_file_async(&scene.direct));
+    step(&mut sync).expect("nothing is under way").expect("sync");
+    drop((first, second, commit, sync));
+    let crashed: Arc<dyn Device> = MemDevice::from_image(&scene.memory.snapshot()).expect("a device");
+    let fs = mount(&crashed, &quiet());
+    let channel = fs.channel().expect("channel");
+    let file = channel.open("f", OpenFlags::READ_ONLY).expect("open");
+    assert_eq!(file.size(), 33 * BLOCK);
+    let mut found = vec![1; ONE];
+    channel.read(&file, 32 * BLOCK, &mut found).expect("read");
+    assert_eq!(found, pattern(2, ONE));
+    check(&fs, &channel);
+    scene.end();
+}
+
+/// A truncate waits for what is in flight beyond the new end, and drops what is dirty there.
+#[test]
+fn a_truncate_waits_for_flights_and_discards_what_is_dirty() {
+    let scene = Scene::new("a_truncate_waits", &quiet());
+    scene.a.write(&scene.buffered, 0, &pattern(1, 16 * ONE)).expect("write");
+    scene.gate.keep(Keep::Writes);
+    let mut sync: Run<'_, _> = Box::pin(scene.a.sync_file_async(&scene.direct));
+    assert!(step(&mut sync).is_none());
+    let mut again = scene.write(&scene.b, &scene.buffered, 8 * BLOCK, &pattern(2, 8 * ONE));
+    step(&mut again).expect("it waits for no flight").expect("write");
+    let mut truncate: Run<'_, _> = Box::pin(scene.b.truncate_async(&scene.direct, 4 * BLOCK + 10));
+    assert!(step(&mut truncate).is_none(), "it went past a flight");
+    scene.gate.keep(Keep::Nothing);
+    step(&mut sync).expect("answered").expect("sync");
+    step(&mut truncate).expect("free").expect("truncate");
+    scene.a.truncate(&scene.direct, 16 * BLOCK).expect("truncate");
+    let mut expected = pattern(1, 16 * ONE);
+    expected[4 * ONE + 10..].fill(0);
+    scene.finds(0, &expected, "after the truncate");
+    drop((sync, again, truncate));
+    scene.end();
+}
