@@ -206,7 +206,7 @@ async fn put_in(
         let mut new = new_pages(offset, data, chunk, end, bases);
         match pages.write(file, &mut new, end, file.size(), || core.may_dirty()) {
             Ok(dirtied) => {
-                reservation.to_pool(dirtied);
+                reservation.move_to_pool(dirtied);
                 return Ok(());
             }
             Err(Unfit::Closed) => return Err(Error::Unmounted),

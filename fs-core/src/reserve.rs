@@ -129,7 +129,7 @@ impl Reservation {
     }
 
     /// A part of it belongs to the file's pool now.
-    pub(crate) fn to_pool(&mut self, used: u64) {
+    pub(crate) fn move_to_pool(&mut self, used: u64) {
         assert!(used <= self.pages, "a write dirtied more pages than it reserved");
         self.pages -= used;
     }

@@ -16,6 +16,8 @@ use bdev_adapter::{Device, DmaBuf, IoErrorKind};
 use common::gate::{GateDevice, Keep};
 use common::{BLOCK, MIB, Watchdog, check, fresh, mount, pattern, quiet};
 use fs_core::{Accounting, Channel, Error, File, Filesystem, MountOptions, OpenFlags};
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 
 const ONE: usize = BLOCK as usize;
 
@@ -311,4 +313,91 @@ fn a_truncate_waits_for_flights_and_discards_what_is_dirty() {
     scene.finds(0, &expected, "after the truncate");
     drop((sync, again, truncate));
     scene.end();
+}
+
+/// Buffered writes inside units of 64 KiB, some of which get to the device before others, and crashes at any moment: each unit is as it
+/// was after some write to it, whole, and not older than its last sync.
+#[test]
+fn a_unit_is_whole_after_a_crash() {
+    const UNIT: u64 = 16 * BLOCK;
+    const UNITS: u64 = 12;
+    let seed = common::seed("a_unit_is_whole");
+    let mut rng = SmallRng::seed_from_u64(seed);
+    for round in 0..6 {
+        let scene = Scene::new("a_unit_is_whole", &quiet());
+        let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
+        let file = scene.a.open("units", OpenFlags::CREATE | OpenFlags::BUFFERED).expect("open");
+        let old = vec![0; (UNITS * UNIT) as usize];
+        scene.a.write(&file, 0, &old).expect("write");
+        scene.a.sync().expect("sync");
+        // What each unit has been, and which of that is the least that must be there.
+        let mut history = vec![vec![vec![0u8; UNIT as usize]]; UNITS as usize];
+        let mut synced = vec![0; UNITS as usize];
+        let mut images = Vec::new();
+        let mut under_way: Option<Run<'_, Result<(), Error>>> = None;
+        for tag in 1..200u8 {
+            let unit = rng.random_range(0..UNITS);
+            let from = rng.random_range(0..UNIT);
+            let len = rng.random_range(1..=UNIT - from);
+            let data = vec![tag; len as usize];
+            let mut write = scene.write(&scene.a, &file, unit * UNIT + from, &data);
+            step(&mut write).expect("it waits for nobody").expect("write");
+            let mut state = history[unit as usize].last().expect("a state").clone();
+            state[from as usize..][..len as usize].copy_from_slice(&data);
+            history[unit as usize].push(state);
+            match rng.random_range(0..12) {
+                0 => {
+                    // A flight that stays in the air over the next writes and commits.
+                    let (at, len) = (rng.random_range(0..UNITS) * UNIT, rng.random_range(1..4 * UNIT));
+                    scene.gate.keep(Keep::Writes);
+                    let mut run: Run<'_, _> = Box::pin(scene.b.sync_range_async(&file, at, len));
+                    let ended = step(&mut run);
+                    scene.gate.keep(Keep::Reads);
+                    if ended.is_none() {
+                        under_way = Some(run);
+                    }
+                }
+                1 => {
+                    let mut commit: Run<'_, _> = Box::pin(scene.a.sync_file_async(&other));
+                    let _ = step(&mut commit);
+                    scene.gate.keep(Keep::Nothing);
+                    scene.a.sync_file(&other).expect("sync");
+                }
+                2 => {
+                    scene.gate.keep(Keep::Nothing);
+                    if let Some(mut run) = under_way.take() {
+                        step(&mut run).expect("answered").expect("sync");
+                    }
+                    let unit = rng.random_range(0..UNITS);
+                    scene.a.sync_range(&file, unit * UNIT, UNIT).expect("sync");
+                    synced[unit as usize] = history[unit as usize].len() - 1;
+                }
+                3 => images.push((scene.memory.snapshot(), synced.clone(), history.clone())),
+                _ => {}
+            }
+        }
+        scene.gate.keep(Keep::Nothing);
+        if let Some(mut run) = under_way.take() {
+            step(&mut run).expect("answered").expect("sync");
+        }
+        images.push((scene.memory.snapshot(), synced, history));
+        drop((file, other, under_way));
+        scene.end();
+        for (image, synced, history) in images {
+            let device: Arc<dyn Device> = MemDevice::from_image(&image).expect("a device");
+            let fs = mount(&device, &quiet());
+            let channel = fs.channel().expect("channel");
+            check(&fs, &channel);
+            let file = channel.open("units", OpenFlags::READ_ONLY).expect("open");
+            let mut found = vec![0; (UNITS * UNIT) as usize];
+            assert_eq!(channel.read(&file, 0, &mut found).expect("read"), found.len());
+            for (unit, found) in found.chunks(UNIT as usize).enumerate() {
+                let states = &history[unit][synced[unit]..];
+                assert!(
+                    states.iter().any(|state| state == found),
+                    "round {round}: unit {unit} is in pieces, or old"
+                );
+            }
+        }
+    }
 }

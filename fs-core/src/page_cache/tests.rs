@@ -91,7 +91,7 @@ fn dirty_pages_and_pages_in_flight_are_never_evicted() {
 
 #[test]
 fn a_scan_does_not_wash_out_what_is_used() {
-    let cache = Arc::new(PageCache::new(100 * 16 << 12));
+    let cache = Arc::new(PageCache::new((100 * 16) << 12));
     let (file, pages) = file(&cache, 1);
     for unit in 0..20u64 {
         pages.insert(&file, unit * 16, &vec![page(1); 16], true);
@@ -115,7 +115,7 @@ fn a_scan_does_not_wash_out_what_is_used() {
 
 #[test]
 fn low_priority_goes_first_and_high_stays() {
-    let cache = Arc::new(PageCache::new(30 * 16 << 12));
+    let cache = Arc::new(PageCache::new((30 * 16) << 12));
     let files: Vec<_> = (0..3).map(|id| file(&cache, id)).collect();
     files[0].0.set_priority(Priority::Low);
     files[2].0.set_priority(Priority::High);
@@ -126,9 +126,9 @@ fn low_priority_goes_first_and_high_stays() {
     }
     let left =
         |n: usize| (0..160).filter(|block| files[n].1.first_missing(*block..block + 1).is_none()).count();
-    cache.set_limit_bytes(20 * 16 << 12);
+    cache.set_limit_bytes((20 * 16) << 12);
     assert_eq!((left(0), left(1), left(2)), (0, 160, 160));
-    cache.set_limit_bytes(12 * 16 << 12);
+    cache.set_limit_bytes((12 * 16) << 12);
     assert_eq!(left(2), 160, "a page of high priority went before others");
 }
 
