@@ -123,6 +123,7 @@ fn blocks_of(offset: u64, len: u64) -> Range<u64> {
 /// Writes through the cache; returns the byte offset that it went to.
 async fn write(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> Result<u64> {
     file.check_writable()?;
+    writeback::admit(core, io).await?;
     let inner = file.inner();
     let mut flushed = false;
     let offset = loop {

@@ -20,6 +20,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use smallvec::SmallVec;
+
 use crate::channel::io::Io;
 use crate::core::Core;
 use crate::error::{Error, Result};
@@ -95,9 +97,9 @@ pub(crate) async fn lock_direct(
         if len == 0 {
             return Ok((guard, offset));
         }
-        match clear(core, io, file, range, Pages::WriteBackAndDrop, guard, &mut round).await? {
-            Some(guard) => return Ok((guard, offset)),
-            None => continue,
+        let cleared = clear(core, io, &[(file, range)], Pages::WriteBackAndDrop, guard, &mut round).await?;
+        if let Some(guard) = cleared {
+            return Ok((guard, offset));
         }
     }
 }
@@ -109,43 +111,81 @@ pub(crate) async fn lock_exclusive(
     file: &Arc<FileInner>,
     range: Range<u64>,
     pages: Pages,
-) -> Result<RangeGuard> {
+) -> Result<SmallVec<[RangeGuard; 1]>> {
+    lock_all(core, io, &[(file, range)], pages).await
+}
+
+/// The same for several ranges of several files, in the order of (inode, offset), which are disjoint and not adjacent: all are held at
+/// once, and all are given up when one of them has to wait.
+pub(crate) async fn lock_all(
+    core: &Arc<Core>,
+    io: &Io,
+    wanted: &[(&Arc<FileInner>, Range<u64>)],
+    pages: Pages,
+) -> Result<SmallVec<[RangeGuard; 1]>> {
     let mut round = 0;
     loop {
-        let guard = file.lock.lock(rounded(&range, round >= ROUNDS), Mode::Exclusive).await;
-        if let Some(guard) = clear(core, io, file, range.clone(), pages, guard, &mut round).await? {
-            return Ok(guard);
+        let mut guards = SmallVec::new();
+        for (file, range) in to_lock(wanted, round >= ROUNDS) {
+            guards.push(file.lock.lock(range, Mode::Exclusive).await);
+        }
+        if let Some(guards) = clear(core, io, wanted, pages, guards, &mut round).await? {
+            return Ok(guards);
         }
     }
 }
 
-/// Steps 2 and 3, with the range held. Gives the guard back when all is clear; else the caller locks again.
-async fn clear(
+/// The ranges to be locked: rounded out, and joined where they meet.
+fn to_lock<'a>(
+    wanted: &[(&'a Arc<FileInner>, Range<u64>)],
+    wide: bool,
+) -> SmallVec<[(&'a Arc<FileInner>, Range<u64>); 1]> {
+    let mut all: SmallVec<[(&Arc<FileInner>, Range<u64>); 1]> = SmallVec::new();
+    for (file, range) in wanted {
+        let range = rounded(range, wide);
+        match all.last_mut() {
+            Some((last, before)) if last.id == file.id && before.end >= range.start => {
+                before.end = before.end.max(range.end);
+            }
+            _ => all.push((file, range)),
+        }
+    }
+    all
+}
+
+/// Steps 2 and 3, with the ranges held by `guards`. Gives the guards back when all is clear; else the caller locks again.
+async fn clear<G>(
     core: &Arc<Core>,
     io: &Io,
-    file: &Arc<FileInner>,
-    range: Range<u64>,
+    wanted: &[(&Arc<FileInner>, Range<u64>)],
     pages: Pages,
-    guard: RangeGuard,
+    guards: G,
     round: &mut u32,
-) -> Result<Option<RangeGuard>> {
-    let blocks = blocks_of(&range);
-    if file.ordered.overlaps(&blocks) {
-        drop(guard);
-        file.ordered.wait(blocks).await;
-        return Ok(None);
+) -> Result<Option<G>> {
+    for (file, range) in wanted {
+        let blocks = blocks_of(range);
+        if file.ordered.overlaps(&blocks) {
+            drop(guards);
+            file.ordered.wait(blocks).await;
+            return Ok(None);
+        }
     }
-    let Some(busy) = drop_pages(file, &range, pages) else { return Ok(Some(guard)) };
-    if *round < ROUNDS {
-        *round += 1;
-        drop(guard);
-        writeback::range(core, io, file, busy).await?;
-        return Ok(None);
+    for (file, range) in wanted {
+        let Some(busy) = drop_pages(file, range, pages) else { continue };
+        if *round < ROUNDS {
+            *round += 1;
+            drop(guards);
+            writeback::range(core, io, file, busy).await?;
+            return Ok(None);
+        }
+        writeback::under_lock(core, io, file, busy).await?;
+        let left = drop_pages(file, range, pages);
+        debug_assert!(left.is_none(), "pages got dirty under an exclusive lock");
+        if left.is_some() {
+            return Ok(None);
+        }
     }
-    writeback::under_lock(core, io, file, busy).await?;
-    let left = drop_pages(file, &range, pages);
-    debug_assert!(left.is_none(), "pages got dirty under an exclusive lock");
-    Ok(if left.is_none() { Some(guard) } else { None })
+    Ok(Some(guards))
 }
 
 /// Drops the pages that are in the way, as far as they are clean. Returns blocks that are not.

@@ -7,10 +7,14 @@
 //! ([`Channel::read_async`]), and as a value that is submitted and answered later ([`Channel::submit`], [`Channel::poll`]); the
 //! first two are built on the third. Operations run on the thread that polls; nothing is handed to other threads.
 //!
+//! A handle is direct, or, with [`OpenFlags::BUFFERED`], goes through a page cache that the files of a mount share. Both kinds see the same
+//! bytes of a file at every moment.
+//!
 //! # Durability
 //!
 //! What has completed is durable after a sync that began later returned. Until then, after a crash, each write of up to
-//! [`ATOMIC_WRITE_MAX`] bytes and each change of names is there or not, in no promised order between syncs.
+//! [`ATOMIC_WRITE_MAX`] bytes (a buffered one: inside one aligned unit of 64 KiB) and each change of names is there or not, in no
+//! promised order between syncs.
 //!
 //! # Reading the code
 //!

@@ -6,7 +6,7 @@
 //! 3. verify checksums while the bytes are hot ([`verify`]); a block that fails is read once more before it is an error;
 //! 4. give the hold back (it is a guard).
 //!
-//! A read takes no lock and waits for no writer: the hold keeps the blocks of its view, so the whole range is seen in
+//! A read of a range without dirty pages takes no lock and waits for no writer: the hold keeps the blocks of its view, so the whole range is seen in
 //! one state. When there are other copies of a block, step 3 is where they are tried.
 
 use std::sync::Arc;

@@ -141,6 +141,19 @@ pub(crate) async fn throttle(core: &Arc<Core>, io: &Io) {
     }
 }
 
+/// Lets a writer in only while dirty pages are not far beyond what they may be: when write-back fails, or does not keep up, memory
+/// must not fill.
+///
+/// # Errors
+/// Why pages cannot be written back.
+pub(crate) async fn admit(core: &Arc<Core>, io: &Io) -> Result<()> {
+    while core.pages.busy_pages() > 2 * core.pages.dirty_limit() {
+        let Some((_, file)) = core.pages.oldest_dirty() else { return Ok(()) };
+        range(core, io, &file, ALL).await?;
+    }
+    Ok(())
+}
+
 /// Whether the helper has something to write back.
 pub(crate) fn is_due(core: &Core) -> bool {
     let Some((since, _)) = core.pages.oldest_dirty() else { return false };
