@@ -11,21 +11,23 @@
 //! Up to step 5 nothing has changed: an error gives everything back. Limits keep the transaction small enough to hold the
 //! metadata lock for.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bdev_adapter::DmaBuf;
 use smallvec::SmallVec;
 
 use crate::channel::io::Io;
+use crate::coherence::{self, Pages};
 use crate::core::Core;
 use crate::error::{Error, Result};
-use crate::file::{File, FileInner};
+use crate::file::{FILE_SIZE_MAX, File, FileInner};
 use crate::publish::{Change, publish};
+use crate::range_lock::RangeGuard;
 use crate::records::extents::Content;
 use crate::store::{self, Sent};
 use crate::txn::Room;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, InodeId};
-use crate::write::{self, At};
 use crate::{inline, read};
 
 /// Most bytes in a [`WriteBatch`].
@@ -55,7 +57,7 @@ impl Write {
         self.file.inner().id
     }
 
-    /// The byte behind it; [`write::lock`] refuses what is beyond the largest file.
+    /// The byte behind it; [`lock`] refuses what is beyond the largest file.
     fn end(&self) -> u64 {
         self.offset.saturating_add(self.data.len() as u64)
     }
@@ -190,13 +192,7 @@ pub(crate) async fn write(core: &Arc<Core>, io: &Io, batch: &WriteBatch) -> Resu
         write.file.check_writable()?;
     }
     let spans = spans(batch);
-    let mut guards = Vec::new();
-    for of_file in spans.chunk_by(|a, b| a.file.id == b.file.id) {
-        let [first, ..] = of_file else { continue };
-        let offset = first.writes[0].1.offset;
-        let end = of_file.last().map_or(first.end, |last| last.end);
-        guards.push(write::lock(first.file, At::Offset(offset), end - offset).await?);
-    }
+    let _guards = lock(core, io, &spans).await?;
     let mut ready = Vec::with_capacity(spans.len());
     for span in &spans {
         ready.push(prepare(core, io, span).await?);
@@ -204,6 +200,8 @@ pub(crate) async fn write(core: &Arc<Core>, io: &Io, batch: &WriteBatch) -> Resu
     // All of it is on its way before any of it is waited for.
     let sent: Vec<Prepared> = ready.into_iter().zip(&spans).map(|(r, span)| r.send(core, io, span)).collect();
     let mut changes: SmallVec<[Change; 1]> = SmallVec::new();
+    // All of them, also after one has failed: their blocks must not be given back while the device writes to them.
+    let mut outcome = Ok(());
     for (prepared, span) in sent.into_iter().zip(&spans) {
         if changes.last().is_none_or(|change| change.file.id != span.file.id) {
             changes.push(Change::none(span.file));
@@ -212,10 +210,28 @@ pub(crate) async fn write(core: &Arc<Core>, io: &Io, batch: &WriteBatch) -> Resu
         change.size = change.size.max(span.end);
         match prepared {
             Prepared::Inline(content) => change.inline = Some(content),
-            Prepared::Sent(sent) => change.stored.push(sent.finish().await.0?),
+            Prepared::Sent(sent) => match sent.finish().await.0 {
+                Ok(stored) => change.stored.push(stored),
+                Err(error) => outcome = outcome.and(Err(error)),
+            },
         }
     }
+    outcome?;
     publish(core, io, changes).await
+}
+
+/// Step 2. One range a file: requests for ranges are served in turn, so with two of one file, a third that wants both and comes in
+/// between would wait for the first, and the second for it.
+async fn lock(core: &Arc<Core>, io: &Io, spans: &[Joined<'_>]) -> Result<SmallVec<[RangeGuard; 1]>> {
+    let mut wanted = SmallVec::<[(&Arc<FileInner>, Range<u64>); 2]>::new();
+    for spans in spans.chunk_by(|a, b| a.file.id == b.file.id) {
+        let (offset, end) = (spans[0].writes[0].1.offset, spans.last().map_or(0, |span| span.end));
+        if end > FILE_SIZE_MAX {
+            return Err(Error::FileTooLarge { offset, len: end - offset });
+        }
+        wanted.push((spans[0].file, offset..end));
+    }
+    coherence::lock_all(core, io, &wanted, Pages::WriteBackAndDrop).await
 }
 
 /// What a span will be.

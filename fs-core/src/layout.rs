@@ -17,14 +17,15 @@ use crate::records::{TreeKind, extents as records, names};
 use crate::tree::Walk;
 use crate::txn::{Stop, transact};
 use crate::types::{BLOCK_SHIFT, BlockAddr, FileBlock, InodeId};
-use crate::{load, superblock};
+use crate::{load, superblock, writeback};
 
 /// Records, or names, looked at in one transaction.
 const BATCH: usize = 512;
 /// Most extents of a page.
 const PAGE_MAX: usize = 4096;
 
-/// Up to `max` extents in `len` bytes at `offset`, in one state of the file.
+/// Up to `max` extents in `len` bytes at `offset`, in one state of the file. What is dirty there is written back first: it has no
+/// place before.
 pub(crate) async fn extents(
     core: &Arc<Core>,
     io: &Io,
@@ -38,6 +39,7 @@ pub(crate) async fn extents(
         return Ok(Vec::new());
     }
     let range = BlockRange::between(FileBlock::containing(offset), BlockEnd(FileBlock::at_or_after(end).0));
+    writeback::range(core, io, file, range.start().0..range.end().0).await?;
     loop {
         let page = {
             let guard = crate::extent_map::pin();

@@ -198,7 +198,6 @@ pub(crate) struct Ordered {
 
 impl Ordered {
     /// Takes over freshly allocated `runs`.
-    /// Takes over freshly allocated `runs`.
     pub(crate) fn new(core: &Arc<Core>, slot: Option<&Arc<Slot>>, runs: Runs) -> Ordered {
         Ordered {
             core: Arc::clone(core),
@@ -211,19 +210,20 @@ impl Ordered {
     }
 
     /// Of its runs, `promised` (in the same order) were preallocated for the file.
-    pub(crate) fn with_promised(self, promised: Runs) -> Ordered {
-        Ordered { promised, ..self }
+    pub(crate) fn with_promised(mut self, promised: Runs) -> Ordered {
+        self.promised = promised;
+        self
     }
 
     /// Its blocks, but for promised ones, come from a reservation.
-    pub(crate) fn from_reserved(self) -> Ordered {
-        Ordered { reserved: true, ..self }
+    pub(crate) fn from_reserved(mut self) -> Ordered {
+        self.reserved = true;
+        self
     }
 
     /// How many of its blocks were promised.
     pub(crate) fn promised(&self) -> u64 {
         self.promised.iter().map(|run| run.len).sum()
-    }
     }
 
     pub(crate) fn epoch(&self) -> u64 {

@@ -19,11 +19,11 @@ use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::extent_map::{BlockEnd, BlockRange, View};
 use crate::file::FileInner;
+use crate::inline::{self, Inlined};
+use crate::load;
 use crate::pieces::{self, Missing, Piece, Pieces};
 use crate::superblock::checksum32;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation};
-use crate::inline::{self, Inlined};
-use crate::load;
 
 /// Bytes that a read through a copy moves at a time.
 const COPY_CHUNK: usize = 1 << 20;
@@ -202,7 +202,8 @@ pub(crate) async fn read_blocks(
 ) -> (Result<()>, DmaBuf) {
     match snapshot(core, io, file, at.byte(), buf.len() as u64, By::Holder).await {
         Ok(snapshot) => {
-            let pieces = snapshot.as_ref().map_or(&[][..], |snapshot| &snapshot.pieces);
+            let none = Pieces::default();
+            let pieces = snapshot.as_ref().map_or(&none, |snapshot| &snapshot.pieces);
             fill(core, io, file, pieces, at, buf).await
         }
         Err(error) => (Err(error), buf),

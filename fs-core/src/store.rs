@@ -66,9 +66,8 @@ pub(crate) async fn place_reserved(
         Ok(spans.map(|((span, runs), kept)| fill_gaps(t, *span, runs, kept)).collect::<SmallVec<[_; 1]>>())
     })
     .await?;
-    let ordered = |(runs, promised)| {
-        Ordered::new(core, Some(slot), runs).with_promised(promised).from_reserved()
-    };
+    let ordered =
+        |(runs, promised)| Ordered::new(core, Some(slot), runs).with_promised(promised).from_reserved();
     Ok(placed.into_iter().map(ordered).collect())
 }
 

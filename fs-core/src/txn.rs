@@ -161,7 +161,8 @@ impl Meta {
 
     /// Blocks that writes may still take.
     pub(crate) fn user_free(&self) -> u64 {
-        let kept = self.reserve() + self.reserved.total() + promise_share(self.preallocated + self.preallocating);
+        let kept =
+            self.reserve() + self.reserved.total() + promise_share(self.preallocated + self.preallocating);
         self.alloc.counts().free.saturating_sub(kept)
     }
 

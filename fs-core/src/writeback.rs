@@ -33,10 +33,12 @@ use crate::commit;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_BLOCKS_MAX, FileInner};
-use crate::ordered::{Ordered, Slot};
+use crate::inline;
+use crate::ordered::Slot;
 use crate::page_cache::{Batch, FilePages, Page, UNIT_BLOCKS};
 use crate::publish::{Change, publish};
 use crate::range_lock::{Mode, RangeGuard};
+use crate::records::extents::{Content, Span};
 use crate::reserve::Reservation;
 use crate::store::{self, Sent};
 use crate::txn::{Stop, Txn, transact};
@@ -230,6 +232,9 @@ struct Flight {
     batch: Batch,
     slot: Arc<Slot>,
     reservation: Reservation,
+    /// They go into the tree, as this.
+    inline: Option<Content>,
+    /// Or to the device.
     sent: SmallVec<[Sent; 1]>,
 }
 
@@ -315,12 +320,8 @@ impl<'a> Pass<'a> {
         drop(guard);
         let count = batch.pages.len() as u64;
         let reservation = Reservation::from_pool(self.core, self.file, count);
-        let result = self.send(&batch, &slot).await;
-        let (sent, outcome) = match result {
-            Ok(sent) => (sent, Ok(())),
-            Err(error) => (SmallVec::new(), Err(error)),
-        };
-        let flight = Flight { batch, slot, reservation, sent };
+        let mut flight = Flight { batch, slot, reservation, inline: None, sent: SmallVec::new() };
+        let outcome = self.depart(&mut flight).await;
         match outcome {
             Ok(()) => self.flights.push_back(flight),
             Err(error) => self.fail(flight, error),
@@ -340,6 +341,24 @@ impl<'a> Pass<'a> {
     }
 
     /// Step 5.
+    async fn depart(&self, flight: &mut Flight) -> Result<()> {
+        flight.inline = self.inline(&flight.batch).await?;
+        if flight.inline.is_none() {
+            flight.sent = self.send(&flight.batch, &flight.slot).await?;
+        }
+        Ok(())
+    }
+
+    /// The content of a small file, which goes into the tree. (The ordered extent keeps others from changing block 0.)
+    async fn inline(&self, batch: &Batch) -> Result<Option<Content>> {
+        let [(0, page)] = &batch.pages[..] else { return Ok(None) };
+        let used = page.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+        let end = used.max(usize::try_from(batch.end).unwrap_or(usize::MAX));
+        let Some(bytes) = page.get(..end) else { return Ok(None) };
+        inline::content_after(self.core, self.io, self.file, &[(0, bytes)]).await
+    }
+
+    /// Copies the pages of `batch` and sends them.
     async fn send(&self, batch: &Batch, slot: &Arc<Slot>) -> Result<SmallVec<[Sent; 1]>> {
         let pieces: Vec<&[(u64, Page)]> = batch.pages.chunk_by(|a, b| a.0 + 1 == b.0).collect();
         let mut bufs = Vec::with_capacity(pieces.len());
@@ -408,7 +427,7 @@ impl<'a> Pass<'a> {
 
     /// The pages are dirty again. The blocks were given back before.
     fn fail(&mut self, flight: Flight, error: Error) {
-        let Flight { batch, slot, reservation, sent } = flight;
+        let Flight { batch, slot, reservation, sent, .. } = flight;
         drop(sent);
         let again = self.pages.fail_writeback(self.file, &batch);
         reservation.into_pool(again);
@@ -426,6 +445,6 @@ impl<'a> Pass<'a> {
     /// What was reserved is pending, or held by readers.
     async fn wait_for_space(&mut self) -> Result<()> {
         self.space_rounds += 1;
-        commit::make_room(self.core, self.io).await
+        commit::make_room(self.core, self.io).await.map(drop)
     }
 }

@@ -33,7 +33,7 @@ use super::io::Io;
 use super::operation::{Completion, Operation, Output};
 use crate::core::Core;
 use crate::extent_map::{Entry, View, prefetch_read};
-use crate::file::{File, FileInner};
+use crate::file::File;
 use crate::pieces;
 use crate::stats::ReadBytes;
 use crate::superblock::checksum32;

@@ -431,7 +431,8 @@ impl Reference {
         assert_eq!(stat.size, file.content.size, "{op:?}: size of file {id}");
         // One that is inline takes none, and pages that were written through the cache may have no place yet, or replace blocks that
         // have one.
-        let least = (most - u64::from(file.content.first_may_be_inline())).saturating_sub(stat.delayed_bytes / BLOCK);
+        let least =
+            (most - u64::from(file.content.first_may_be_inline())).saturating_sub(stat.delayed_bytes / BLOCK);
         assert!((least..=most).contains(&blocks), "{op:?}: space of file {id}: {least}..={most}, {stat:?}");
         let extents = u64::from(least > 0)..=most;
         assert!(extents.contains(&stat.extents), "{op:?}: {blocks} blocks in {} extents", stat.extents);
