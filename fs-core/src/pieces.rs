@@ -114,8 +114,18 @@ fn to_map(extents: &[Extent]) -> SmallVec<[NewExtent; 4]> {
 /// What a write shows to readers: new mappings, pinned until the trees have them.
 pub(crate) struct Published(SmallVec<[NewExtent; 4]>);
 
-/// Lets readers see `extents`, `holes` and, if it grows, the new `size` of the file, at once.
-pub(crate) fn publish(map: &ExtentMap, extents: &[Extent], holes: &[Span], size: Option<u64>) -> Published {
+/// Lets readers see `extents`, `holes` and, if it grows, the new `size` of the file, at once. Checksums that the extents carry
+/// themselves take the place of those that the cache may have from an earlier use of their blocks.
+pub(crate) fn publish(
+    map: &ExtentMap,
+    checksums: &ChecksumCache,
+    extents: &[Extent],
+    holes: &[Span],
+    size: Option<u64>,
+) -> Published {
+    for extent in extents.iter().filter(|extent| extent.checksum.is_some()) {
+        checksums.remove(extent.addr, 1);
+    }
     let mut extents = to_map(extents);
     extents.extend(holes.iter().map(|(from, to)| NewExtent::new(*from, to.0 - from.0, Mapping::Hole)));
     map.publish(PublishWrite { extents: &extents, size });

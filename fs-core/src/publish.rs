@@ -169,7 +169,7 @@ fn apply(t: &mut Txn<'_>, change: &Change, plan: &Plan) -> Result<(), Stop> {
         t.core.checksums.insert(run.start, sums);
     }
     let size_seen = reserved.is_none().then_some(*size);
-    let published = pieces::publish(&file.map, &plan.new, &plan.replace.holes, size_seen);
+    let published = pieces::publish(&file.map, &t.core.checksums, &plan.new, &plan.replace.holes, size_seen);
     plan.replace.apply(t)?;
     published.unpin(&file.map, &t.core.checksums);
     for stored in stored {

@@ -67,7 +67,7 @@ pub(crate) async fn truncate_inner(
         } else {
             file.map.grow(size);
         }
-        let published = pieces::publish(&file.map, &new_tail, &[], None);
+        let published = pieces::publish(&file.map, &core.checksums, &new_tail, &[], None);
         for plan in &plans {
             plan.apply(t)?;
         }

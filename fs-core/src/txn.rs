@@ -753,9 +753,12 @@ impl Meta {
         }
     }
 
-    /// Drops a file from memory when it has neither handles nor unstored changes.
+    /// Drops a file from memory when it has neither handles nor unstored changes. Who asks may be late: the file may have been
+    /// dropped and opened again since, and the object of today is not his.
     pub(crate) fn forget_if_unused(&mut self, file: &Arc<FileInner>) {
-        let unused = file.handles.load(Ordering::Acquire) == 0
+        let known = self.open.get(&file.id).is_some_and(|known| Arc::ptr_eq(known, file));
+        let unused = known
+            && file.handles.load(Ordering::Acquire) == 0
             && !file.dirty.load(Ordering::Relaxed)
             && !file.has_cached_writes()
             && file.ordered.count() == 0

@@ -215,8 +215,10 @@ fn many_small_writes_become_long_extents() {
         }
         channel.sync_file(&file).expect("sync");
         at_rest(&file);
-        let (runs, extents) =
-            (channel.extents(&file, 0, u64::MAX).count() as u64, channel.stat_file(&file).expect("stat").extents);
+        let (runs, extents) = (
+            channel.extents(&file, 0, u64::MAX).count() as u64,
+            channel.stat_file(&file).expect("stat").extents,
+        );
         println!("{bytes} bytes in {runs} runs, {extents} extents");
         assert!(runs < 50 && runs <= 4 + bytes / (16 * MIB), "{runs} runs");
         // An extent record does not reach over a flight of a MiB.

@@ -400,3 +400,38 @@ fn channels_left_alone_do_not_stop_the_others() {
 fn file_of(channel: &Channel) -> File {
     channel.open("a", OpenFlags::READ_ONLY).unwrap()
 }
+
+/// Blocks are used again: first as runs whose checksums are kept apart, then one by one, with the checksum in the record of each.
+/// When such records are loaded and merged, what the cache still has of the first use must not be believed.
+#[test]
+fn checksums_of_an_earlier_use_of_blocks_are_not_believed() {
+    let _watchdog = Watchdog::start("earlier use", 0, 60);
+    let device = TestDevice::memory(16 * MIB, 1);
+    let fs = fresh(&device.device, &quiet());
+    let channel = fs.channel().unwrap();
+    let fill = |name: &str, len: usize, tag: u64| {
+        let file = channel.open(name, OpenFlags::CREATE).unwrap();
+        let mut offset = 0;
+        while channel.write(&file, offset, &pattern(tag ^ offset, len)).is_ok() {
+            offset += len as u64;
+        }
+        channel.sync().unwrap();
+        offset
+    };
+    let read = |name: &str, len: usize, tag: u64, size: u64| {
+        let file = channel.open(name, OpenFlags::READ_ONLY).unwrap();
+        assert_eq!(file.size(), size);
+        for offset in (0..size).step_by(len) {
+            assert!(holds(&channel, &file, offset, tag ^ offset, len), "zeroes at {offset}");
+        }
+    };
+    let size = fill("before", 2 * BLOCK as usize, 1);
+    read("before", 2 * BLOCK as usize, 1, size);
+    channel.delete("before").unwrap();
+    channel.sync().unwrap();
+    channel.sync().unwrap();
+    let size = fill("after", BLOCK as usize, 7);
+    // Closed and stored, so its map is loaded anew.
+    read("after", BLOCK as usize, 7, size);
+    check(&fs, &channel);
+}

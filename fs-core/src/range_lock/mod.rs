@@ -61,7 +61,6 @@ use self::wait::Ticket;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// With other shared holders.
-    #[allow(dead_code, reason = "buffered reads hold ranges shared; direct reads take no lock")]
     Shared,
     /// Alone.
     Exclusive,
@@ -120,7 +119,6 @@ impl RangeLock {
     /// `range` in `mode`, if nothing is in its way now, held or waiting. Waits for nothing. (While it looks it is a request like
     /// others: of several `try_lock` at the same moment only the first is sure to succeed.)
     #[inline]
-    #[allow(dead_code, reason = "for who can do something else meanwhile; not all of those are there yet")]
     pub fn try_lock(&self, range: Range<u64>, mode: Mode) -> Option<RangeGuard> {
         let mut request = self.lock(range, mode);
         request.advance(None).then(|| request.guard())
