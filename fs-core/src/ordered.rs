@@ -216,7 +216,7 @@ impl Ordered {
     }
 
     /// Its blocks, but for promised ones, come from a reservation.
-    pub(crate) fn from_reserved(mut self) -> Ordered {
+    pub(crate) fn with_reserved(mut self) -> Ordered {
         self.reserved = true;
         self
     }

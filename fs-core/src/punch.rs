@@ -2,7 +2,7 @@
 //!
 //! 1. lock the blocks of the range;
 //! 2. where it begins or ends inside of a block, prepare that block with zeroes in its part of the range ([`edges`]);
-//! 3. drop what lies in the whole blocks, at most [`STEP`] records in a transaction. The first step has the edges with it, so a
+//! 3. drop what lies in the whole blocks, at most [`Meta::drop_step`](crate::txn::Meta::drop_step) records in a transaction. The first step has the edges with it, so a
 //!    range of up to so many records is whole or absent after a crash and to readers. Of a longer one a crash leaves a beginning:
 //!    that is harmless, and nobody goes on with it.
 //!
@@ -24,9 +24,6 @@ use crate::txn::{Room, transact};
 use crate::types::{BLOCK_SIZE, FileBlock};
 use crate::write::At;
 use crate::{inline, read};
-
-/// Extent records dropped in one transaction.
-const STEP: usize = 256;
 
 /// A range of bytes of a file, as blocks: whole ones, and what it has of those at its edges.
 pub(crate) struct Zeroed {
@@ -149,8 +146,9 @@ async fn step(
         return Ok((to, false));
     }
     transact(core, io, |t| {
-        let found = extents::overlapping(t, file.id, from, to, STEP + 1)?;
-        Ok((found.get(STEP).map_or(to, |next| next.at), !found.is_empty()))
+        let most = t.meta.drop_step();
+        let found = extents::overlapping(t, file.id, from, to, most + 1)?;
+        Ok((found.get(most).map_or(to, |next| next.at), !found.is_empty()))
     })
     .await
 }

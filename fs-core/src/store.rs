@@ -67,7 +67,7 @@ pub(crate) async fn place_reserved(
     })
     .await?;
     let ordered =
-        |(runs, promised)| Ordered::new(core, Some(slot), runs).with_promised(promised).from_reserved();
+        |(runs, promised)| Ordered::new(core, Some(slot), runs).with_promised(promised).with_reserved();
     Ok(placed.into_iter().map(ordered).collect())
 }
 

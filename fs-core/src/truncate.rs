@@ -3,7 +3,7 @@
 //! Growing changes the size only: what is added is a hole. Shrinking first writes a copy of the last block with zeroes behind
 //! the new end (so that growing again shows zeroes; inline content is cut where it lies), then, in one transaction, sets the size, lets readers see that block and a
 //! hole behind it, and drops extents. When there are too many for one transaction, the file is listed as an orphan with work
-//! left, and the rest goes in steps of [`STEP`] records; a crash in between leaves the entry, and the next mount goes on.
+//! left, and the rest goes in steps of [`Meta::drop_step`](crate::txn::Meta::drop_step) records; a crash in between leaves the entry, and the next mount goes on.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -22,9 +22,6 @@ use crate::store::{self, Stored};
 use crate::txn::{Room, Stop, Txn, transact};
 use crate::types::{BLOCK_SIZE, FileBlock, Generation, InodeId};
 use crate::{inline, pieces, read};
-
-/// Extent records dropped in one transaction.
-const STEP: usize = 256;
 
 /// Sets the size of a file.
 pub(crate) async fn truncate(core: &Arc<Core>, io: &Io, file: &File, size: u64) -> Result<()> {
@@ -51,10 +48,11 @@ pub(crate) async fn truncate_inner(
     let tail = if size < old { zeroed_tail(core, io, file, size).await? } else { Tail::Stays };
     let kept = FileBlock::at_or_after(size);
     let more = transact(core, io, |t| {
+        let step = t.meta.drop_step();
         let beyond =
-            if size < old { extents::last_beyond(t, file.id, kept, STEP + 1)? } else { Default::default() };
-        let more = beyond.len() > STEP;
-        let dropped = &beyond[beyond.len().saturating_sub(STEP)..];
+            if size < old { extents::last_beyond(t, file.id, kept, step + 1)? } else { Default::default() };
+        let more = beyond.len() > step;
+        let dropped = &beyond[beyond.len().saturating_sub(step)..];
         let new_tail = tail.records(t.generation());
         let plans = plan(t, file.id, kept, dropped, &new_tail, tail.content())?;
         if more {
@@ -173,7 +171,7 @@ async fn zeroed_tail(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, size: u64
     store::store(core, io, block, ordered, buf).await.0.map(Tail::Stored)
 }
 
-/// Drops up to [`STEP`] records of file `id` from its end down to block `kept`. True when there may be more; when there are none,
+/// Drops some of the records of file `id` from its end down to block `kept`. True when there may be more; when there are none,
 /// the file's entry among the orphans goes in the same transaction (with the inode, if it was deleted).
 async fn drop_step(
     core: &Arc<Core>,
@@ -184,9 +182,10 @@ async fn drop_step(
     work: Work,
 ) -> Result<bool> {
     transact(core, io, |t| {
-        let beyond = extents::last_beyond(t, id, kept, STEP + 1)?;
-        let more = beyond.len() > STEP;
-        let dropped = &beyond[beyond.len().saturating_sub(STEP)..];
+        let step = t.meta.drop_step();
+        let beyond = extents::last_beyond(t, id, kept, step + 1)?;
+        let more = beyond.len() > step;
+        let dropped = &beyond[beyond.len().saturating_sub(step)..];
         let plan = extents::plan(t, id, &[(kept, FileBlock(FILE_BLOCKS_MAX))], dropped, &[])?;
         let entry = orphans::find(t, id)?;
         orphans::touch(t, id)?;

@@ -40,6 +40,9 @@ use crate::types::{BLOCK_SIZE, BlockAddr, Generation, InodeId, Run};
 /// or that a commit running before it freed.
 const COMMITS_MAX: u32 = 2;
 
+/// Extent records that one transaction drops at most; a small device drops fewer ([`Meta::drop_step`]).
+const DROP_STEP_MAX: usize = 256;
+
 /// Nodes that any commit may need.
 const COMMIT_NEED_MIN: u64 = 64;
 /// Inodes in a leaf that is not about to be merged with its neighbour.
@@ -152,6 +155,12 @@ impl Meta {
     /// Blocks kept back so that commits and deletes work on a full device.
     pub(crate) fn reserve(&self) -> u64 {
         (self.total_blocks / 64).clamp(256, 65536)
+    }
+
+    /// Extent records that one transaction may drop. [`Txn::ready`] asks for two nodes for each, which must be there on a device that
+    /// is full: a quarter of what is kept back at most.
+    pub(crate) fn drop_step(&self) -> usize {
+        (self.reserve() as usize / 8).min(DROP_STEP_MAX)
     }
 
     /// The last generation that has a change in it.
