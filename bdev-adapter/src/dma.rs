@@ -234,6 +234,121 @@ impl Segments {
         self.len() == 0
     }
 
+    /// Splits the buffers: `self` keeps the first `at` bytes, the rest is returned. No copy; a buffer that is cut becomes two.
+    ///
+    /// # Panics
+    /// When there are fewer than `at` bytes.
+    pub fn split_off(&mut self, at: usize) -> Segments {
+        match self {
+            Segments::None => {
+                assert_eq!(at, 0, "split at {at} of no bytes");
+                Segments::None
+            }
+            Segments::One(buf) => Segments::One(buf.split_off(at)),
+            Segments::Many(bufs) => {
+                let mut left = at;
+                let whole = bufs.iter().take_while(|buf| {
+                    let fits = buf.len() <= left;
+                    left -= if fits { buf.len() } else { 0 };
+                    fits
+                });
+                let whole = whole.count();
+                let mut tail = bufs.split_off(whole);
+                if left > 0 {
+                    let cut = tail.first_mut().unwrap_or_else(|| panic!("split at {at} of too few bytes"));
+                    let rest = cut.split_off(left);
+                    bufs.push(std::mem::replace(cut, rest));
+                }
+                Segments::Many(tail)
+            }
+        }
+    }
+
+    /// Puts `tail` behind these buffers. What directly follows in the same allocation becomes one buffer again.
+    pub fn append(&mut self, tail: Segments) {
+        match (&mut *self, tail) {
+            (_, Segments::None) => {}
+            (Segments::None, tail) => *self = tail,
+            (Segments::One(front), Segments::One(back)) => {
+                if let Err(back) = front.unsplit(back)
+                    && let Segments::One(front) = std::mem::take(self)
+                {
+                    *self = Segments::Many(vec![front, back]);
+                }
+            }
+            (_, tail) => {
+                let mut bufs = std::mem::take(self).into_vec();
+                for buf in tail.into_vec() {
+                    let apart = match bufs.last_mut() {
+                        Some(last) => last.unsplit(buf).err(),
+                        None => Some(buf),
+                    };
+                    bufs.extend(apart);
+                }
+                *self = Segments::Many(bufs);
+            }
+        }
+    }
+
+    /// The buffers as they were before they were cut and put together again: of these lengths, none of which is 0 if they were.
+    ///
+    /// # Panics
+    /// When these are no buffers that were cut and put together.
+    #[must_use]
+    pub fn cut_to(mut self, lens: &[usize]) -> Vec<DmaBuf> {
+        if self.as_slice().iter().map(|buf| buf.len()).eq(lens.iter().copied()) {
+            return self.into_vec();
+        }
+        let cut = |len: &usize| {
+            let rest = self.split_off(*len);
+            let front = std::mem::replace(&mut self, rest).into_vec();
+            let mut bufs = front.into_iter();
+            match (bufs.next(), bufs.next()) {
+                (Some(buf), None) => buf,
+                _ => panic!("there is no buffer of {len} bytes"),
+            }
+        };
+        lens.iter().map(cut).collect()
+    }
+
+    /// The buffers as a list.
+    pub fn into_vec(self) -> Vec<DmaBuf> {
+        match self {
+            Segments::None => Vec::new(),
+            Segments::One(buf) => vec![buf],
+            Segments::Many(bufs) => bufs,
+        }
+    }
+
+    /// The bytes in pieces of `size`, which no buffer cuts.
+    pub fn chunks(&self, size: usize) -> impl Iterator<Item = &[u8]> {
+        self.as_slice().iter().flat_map(move |buf| buf.chunks_exact(size))
+    }
+
+    /// Copies the bytes to `to`, as many as there are and fit.
+    pub fn copy_to(&self, to: &mut [u8]) {
+        let mut done = 0;
+        for buf in self.as_slice() {
+            let part = buf.len().min(to.len() - done);
+            to[done..done + part].copy_from_slice(&buf[..part]);
+            done += part;
+        }
+    }
+
+    /// Copies `from` to the first of these bytes.
+    ///
+    /// # Panics
+    /// When there are fewer.
+    pub fn copy_from(&mut self, from: &[u8]) {
+        let mut done = 0;
+        for buf in self.as_mut_slice() {
+            let part = buf.len().min(from.len() - done);
+            buf[..part].copy_from_slice(&from[done..done + part]);
+            done += part;
+        }
+        assert_eq!(done, from.len(), "too many bytes for these buffers");
+    }
+
     /// The single buffer of a request that was made with one.
     pub fn into_one(self) -> Option<DmaBuf> {
         match self {
@@ -252,5 +367,79 @@ impl From<DmaBuf> for Segments {
 impl From<Vec<DmaBuf>> for Segments {
     fn from(bufs: Vec<DmaBuf>) -> Segments {
         Segments::Many(bufs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+    use crate::pool::{MapArenas, Pool};
+
+    fn buffers(lens: &[usize]) -> Vec<DmaBuf> {
+        let source: Arc<dyn DmaSource> = Arc::new(Pool::new(MapArenas, Default::default()));
+        // Some share an allocation, so that they follow each other in memory.
+        let mut whole = DmaBuf::new(&source, lens.iter().sum()).expect("memory");
+        (0..).zip(whole.iter_mut()).for_each(|(n, byte): (usize, _)| *byte = n as u8);
+        let mut bufs = Vec::new();
+        for (index, len) in lens.iter().enumerate() {
+            let rest = whole.split_off(*len);
+            let buf = std::mem::replace(&mut whole, rest);
+            if index % 3 == 2 {
+                let mut apart = DmaBuf::new(&source, *len).expect("memory");
+                apart.copy_from_slice(&buf);
+                bufs.push(apart);
+            } else {
+                bufs.push(buf);
+            }
+        }
+        bufs
+    }
+
+    #[test]
+    fn buffers_that_were_cut_join_again() {
+        let seed = std::env::var("GAUR_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(42);
+        println!("GAUR_SEED={seed}");
+        let mut random = SmallRng::seed_from_u64(seed);
+        for _ in 0..500 {
+            let lens: Vec<usize> =
+                (0..random.random_range(1..6)).map(|_| random.random_range(1..50)).collect();
+            let total: usize = lens.iter().sum();
+            let bufs = buffers(&lens);
+            let memory: Vec<_> = bufs.iter().map(|buf| buf.as_ptr()).collect();
+            let mut rest = match bufs.len() {
+                1 => Segments::from(bufs.into_iter().next().expect("one")),
+                _ => Segments::from(bufs),
+            };
+            let mut whole = Segments::None;
+            let mut left = total;
+            while left > 0 {
+                let len = random.random_range(0..=left);
+                let tail = rest.split_off(len);
+                assert_eq!((rest.len(), tail.len()), (len as u64, (left - len) as u64));
+                whole.append(std::mem::replace(&mut rest, tail));
+                left -= len;
+            }
+            whole.append(rest);
+            let mut bytes = vec![0; total + 1];
+            whole.copy_to(&mut bytes);
+            assert!((0..total).all(|n| bytes[n] == n as u8), "the bytes, in order");
+            let bufs = whole.cut_to(&lens);
+            assert_eq!(bufs.iter().map(|buf| buf.as_ptr()).collect::<Vec<_>>(), memory);
+            assert_eq!(bufs.iter().map(|buf| buf.len()).collect::<Vec<_>>(), lens);
+        }
+    }
+
+    #[test]
+    fn bytes_are_copied_across_buffers() {
+        let mut bufs = Segments::from(buffers(&[3, 4, 5]));
+        bufs.copy_from(&[9; 8]);
+        let mut bytes = [0; 12];
+        bufs.copy_to(&mut bytes);
+        assert_eq!(bytes, [9, 9, 9, 9, 9, 9, 9, 9, 8, 9, 10, 11]);
+        let bufs = Segments::from(buffers(&[4, 8]));
+        assert_eq!(bufs.chunks(4).map(|chunk| chunk[0]).collect::<Vec<_>>(), [0, 4, 8]);
     }
 }

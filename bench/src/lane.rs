@@ -75,12 +75,13 @@ impl Lane for FileLane<'_> {
     #[inline]
     fn take(&mut self) -> Option<Done> {
         let completion = self.done.pop()?;
-        let error = match (completion.result, &completion.buf) {
+        let buf = completion.bufs.into_one();
+        let error = match (completion.result, &buf) {
             (Ok(Output::Bytes(len)), Some(buf)) if len < buf.len() => Some(short_read(len, buf.len())),
             (Ok(_), _) => None,
             (Err(error), _) => Some(Box::new(Failure::new(error.to_string()))),
         };
-        Some(Done { tag: completion.tag, buf: completion.buf, error })
+        Some(Done { tag: completion.tag, buf, error })
     }
 
     fn wait(&mut self, timeout: Duration) {

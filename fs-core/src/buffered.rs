@@ -26,7 +26,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use bdev_adapter::DmaBuf;
+use bdev_adapter::{DmaBuf, Segments};
 
 use crate::channel::io::Io;
 use crate::coherence::{self, lock_range};
@@ -45,19 +45,34 @@ const CHUNK_BLOCKS: u64 = 256;
 
 // ---- by the handle
 
-/// Reads into a buffer; returns how many bytes there were.
-pub(crate) async fn read_buf(
+/// Reads into buffers, one behind the other, in one state of the file; returns how many bytes there were. Without a copy if the handle
+/// is direct, and offset and lengths are whole blocks. The buffers come back in any case.
+pub(crate) async fn read_bufs(
     core: &Arc<Core>,
     io: &Io,
     file: &File,
     offset: u64,
-    mut buf: DmaBuf,
-) -> (Result<usize>, DmaBuf) {
-    if file.is_buffered() {
-        let result = read(core, io, file.inner(), Some(file), offset, &mut buf).await;
-        return (result, buf);
+    mut bufs: Segments,
+) -> (Result<usize>, Segments) {
+    if !file.is_buffered() && write::are_blocks(offset, &bufs) {
+        let result;
+        (result, bufs) = read::read_blocks_direct(core, io, file.inner(), offset, bufs).await;
+        match result {
+            Ok(None) => {}
+            Ok(Some(there)) => return (Ok(there), bufs),
+            Err(error) => return (Err(error), bufs),
+        }
     }
-    read::read_buf(core, io, file.inner(), offset, buf).await
+    if let Segments::One(buf) = &mut bufs {
+        return (read_slice(core, io, file, offset, buf).await, bufs);
+    }
+    let result = async {
+        let mut whole = io.buffer(bufs.len() as usize)?;
+        let there = read_slice(core, io, file, offset, &mut whole).await?;
+        bufs.copy_from(&whole[..there]);
+        Ok(there)
+    };
+    (result.await, bufs)
 }
 
 /// Reads into a slice; returns how many bytes there were.
@@ -74,21 +89,22 @@ pub(crate) async fn read_slice(
     read::read_slice(core, io, file.inner(), offset, out).await
 }
 
-/// Writes a buffer; returns the byte offset that it went to.
-pub(crate) async fn write_buf(
+/// Writes buffers, one behind the other; returns the byte offset that they went to. Without a copy if the handle is direct, and offset
+/// and lengths are whole blocks. The buffers come back in any case.
+pub(crate) async fn write_bufs(
     core: &Arc<Core>,
     io: &Io,
     file: &File,
     at: At,
-    buf: DmaBuf,
-) -> (Result<u64>, DmaBuf) {
+    bufs: Segments,
+) -> (Result<u64>, Segments) {
     if file.is_buffered() {
-        return (write(core, io, file, at, &buf).await, buf);
+        return (write(core, io, file, at, &write::flat(&bufs)).await, bufs);
     }
     if coherence::fallback_due(core) {
-        return (fall_back(core, io, file, at, &buf).await, buf);
+        return (fall_back(core, io, file, at, &write::flat(&bufs)).await, bufs);
     }
-    write::write_buf(core, io, file, at, buf).await
+    write::write_bufs(core, io, file, at, bufs).await
 }
 
 /// Writes a slice; returns the byte offset that it went to.

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use bdev_adapter::DmaBuf;
+use bdev_adapter::{DmaBuf, Segments};
+use smallvec::SmallVec;
 
 use crate::channel::io::Io;
 use crate::channel::operation::{Operation, Output};
@@ -10,23 +11,38 @@ use crate::core::Core;
 use crate::error::Result;
 use crate::{batch, buffered, commit, layout, namespace, preallocate, punch, truncate, write};
 
-/// Does `operation`; the buffer comes back whatever happens.
-pub(crate) async fn run(core: &Arc<Core>, io: &Io, operation: Operation) -> (Result<Output>, Option<DmaBuf>) {
+/// Does `operation`; its buffers come back whatever happens.
+pub(crate) async fn run(core: &Arc<Core>, io: &Io, operation: Operation) -> (Result<Output>, Segments) {
     match operation {
         Operation::Read { file, offset, buf } => {
-            let (result, buf) = buffered::read_buf(core, io, &file, offset, buf).await;
-            (result.map(Output::Bytes), Some(buf))
+            let (result, bufs) = buffered::read_bufs(core, io, &file, offset, buf.into()).await;
+            (result.map(Output::Bytes), bufs)
+        }
+        Operation::Readv { file, offset, bufs } => {
+            let lens = lens(&bufs);
+            let (result, bufs) = buffered::read_bufs(core, io, &file, offset, bufs.into()).await;
+            (result.map(Output::Bytes), bufs.cut_to(&lens).into())
         }
         Operation::Write { file, offset, buf } => {
-            let (result, buf) = buffered::write_buf(core, io, &file, write::At::Offset(offset), buf).await;
-            (result.map(|_| Output::Done), Some(buf))
+            let at = write::At::Offset(offset);
+            let (result, bufs) = buffered::write_bufs(core, io, &file, at, buf.into()).await;
+            (result.map(|_| Output::Done), bufs)
+        }
+        Operation::Writev { file, offset, bufs } => {
+            let (at, lens) = (write::At::Offset(offset), lens(&bufs));
+            let (result, bufs) = buffered::write_bufs(core, io, &file, at, bufs.into()).await;
+            (result.map(|_| Output::Done), bufs.cut_to(&lens).into())
         }
         Operation::Append { file, buf } => {
-            let (result, buf) = buffered::write_buf(core, io, &file, write::At::End, buf).await;
-            (result.map(Output::Offset), Some(buf))
+            let (result, bufs) = buffered::write_bufs(core, io, &file, write::At::End, buf.into()).await;
+            (result.map(Output::Offset), bufs)
         }
-        other => (run_without_buffer(core, io, other).await, None),
+        other => (run_without_buffer(core, io, other).await, Segments::None),
     }
+}
+
+fn lens(bufs: &[DmaBuf]) -> SmallVec<[usize; 8]> {
+    bufs.iter().map(|buf| buf.len()).collect()
 }
 
 async fn run_without_buffer(core: &Arc<Core>, io: &Io, operation: Operation) -> Result<Output> {
@@ -55,12 +71,17 @@ async fn run_without_buffer(core: &Arc<Core>, io: &Io, operation: Operation) -> 
         Operation::Close { file } => namespace::close(core, io, file).await.map(done)?,
         Operation::Delete { name } => namespace::delete(core, io, &name).await.map(done)?,
         Operation::Rename { from, to } => namespace::rename(core, io, &from, &to).await.map(done)?,
-        Operation::Stat { name } => Output::Stat(namespace::stat(core, io, &name).await?),
+        Operation::Stat { name } => Output::Stat(Box::new(namespace::stat(core, io, &name).await?)),
+        Operation::StatFile { file } => Output::Stat(Box::new(file.inner().stat())),
         Operation::List { prefix, after, max } => {
             Output::Entries(namespace::list(core, io, &prefix, after.as_deref(), max).await?)
         }
-        Operation::StatFs => Output::StatFs(core.statfs()?),
-        Operation::Read { .. } | Operation::Write { .. } | Operation::Append { .. } => {
+        Operation::StatFs => Output::StatFs(Box::new(core.statfs()?)),
+        Operation::Read { .. }
+        | Operation::Readv { .. }
+        | Operation::Write { .. }
+        | Operation::Writev { .. }
+        | Operation::Append { .. } => {
             unreachable!("operations with a buffer are handled by the caller")
         }
     })
@@ -70,12 +91,13 @@ fn done((): ()) -> Output {
     Output::Done
 }
 
-/// The buffer of an operation that is not going to be done.
-pub(crate) fn into_buf(operation: Operation) -> Option<DmaBuf> {
+/// The buffers of an operation that is not going to be done.
+pub(crate) fn into_bufs(operation: Operation) -> Segments {
     match operation {
         Operation::Read { buf, .. } | Operation::Write { buf, .. } | Operation::Append { buf, .. } => {
-            Some(buf)
+            Segments::One(buf)
         }
-        _ => None,
+        Operation::Readv { bufs, .. } | Operation::Writev { bufs, .. } => Segments::Many(bufs),
+        _ => Segments::None,
     }
 }

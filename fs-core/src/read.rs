@@ -11,7 +11,7 @@
 
 use std::sync::Arc;
 
-use bdev_adapter::{DmaBuf, Request};
+use bdev_adapter::{DmaBuf, Request, Segments};
 
 use crate::buffered;
 use crate::channel::io::{Io, IoHandle};
@@ -131,32 +131,27 @@ fn newer(file: &FileInner, view: &View<'_>, from: FileBlock, to: FileBlock) -> N
     }
 }
 
-/// Reads from byte `offset` into `buf`; returns how many bytes there were. The buffer comes back in any case.
-pub(crate) async fn read_buf(
+/// Reads whole blocks from byte `offset` on into `bufs`, each of whole blocks too, without a copy; returns how many bytes there were.
+/// None: the cache has newer pages. The buffers come back in any case.
+pub(crate) async fn read_blocks_direct(
     core: &Arc<Core>,
     io: &Io,
     file: &Arc<FileInner>,
     offset: u64,
-    mut buf: DmaBuf,
-) -> (Result<usize>, DmaBuf) {
-    let aligned = (offset | buf.len() as u64) & (BLOCK_SIZE as u64 - 1) == 0;
-    if !aligned {
-        let result = read_slice(core, io, file, offset, &mut buf).await;
-        return (result, buf);
-    }
-    let snapshot = match snapshot(core, io, file, offset, buf.len() as u64, By::Direct).await {
+    mut bufs: Segments,
+) -> (Result<Option<usize>>, Segments) {
+    let len = bufs.len();
+    let snapshot = match snapshot(core, io, file, offset, len, By::Direct).await {
         Ok(Some(snapshot)) => snapshot,
-        Ok(None) => return (buffered::read(core, io, file, None, offset, &mut buf).await, buf),
-        Err(error) => return (Err(error), buf),
+        Ok(None) => return (Ok(None), bufs),
+        Err(error) => return (Err(error), bufs),
     };
-    let there = (snapshot.size.saturating_sub(offset)).min(buf.len() as u64) as usize;
-    let blocks = there.div_ceil(BLOCK_SIZE) << BLOCK_SHIFT;
-    let rest = buf.split_off(blocks);
-    let (result, mut buf) = fill(core, io, file, &snapshot.pieces, FileBlock::containing(offset), buf).await;
-    // `rest` was split from this buffer, and `fill` gives back all of what it got.
-    let joined = buf.unsplit(rest);
-    debug_assert!(joined.is_ok(), "a read lost a part of its buffer");
-    (result.map(|()| there), buf)
+    let there = (snapshot.size.saturating_sub(offset)).min(len) as usize;
+    let rest = bufs.split_off(there.div_ceil(BLOCK_SIZE) << BLOCK_SHIFT);
+    let at = FileBlock::containing(offset);
+    let (result, mut bufs) = fill(core, io, file, &snapshot.pieces, at, bufs).await;
+    bufs.append(rest);
+    (result.map(|()| Some(there)), bufs)
 }
 
 /// Reads from byte `offset` into a slice, through a copy.
@@ -182,8 +177,10 @@ pub(crate) async fn read_slice(
             Some(buf) if buf.len() == span => buf,
             _ => io.buffer(span)?,
         };
-        let (result, buf) = fill(core, io, file, &snapshot.pieces, FileBlock::containing(at), buf).await;
+        let at = FileBlock::containing(at);
+        let (result, buf) = fill(core, io, file, &snapshot.pieces, at, buf.into()).await;
         result?;
+        let buf = one(buf);
         out[done..done + want].copy_from_slice(&buf[skip..skip + want]);
         done += want;
         bounce = Some(buf);
@@ -204,91 +201,81 @@ pub(crate) async fn read_blocks(
         Ok(snapshot) => {
             let none = Pieces::default();
             let pieces = snapshot.as_ref().map_or(&none, |snapshot| &snapshot.pieces);
-            fill(core, io, file, pieces, at, buf).await
+            let (result, buf) = fill(core, io, file, pieces, at, buf.into()).await;
+            (result, one(buf))
         }
         Err(error) => (Err(error), buf),
     }
 }
 
-/// A part of a buffer that is being filled.
+/// The buffer of a read that has one.
+fn one(bufs: Segments) -> DmaBuf {
+    // `send_all` makes at least one part, and every part gives its buffers back (the device contract), which join again.
+    bufs.into_one().expect("a read keeps its buffer")
+}
+
+/// A part of what is being filled.
 enum Part {
-    Zero(DmaBuf),
+    Zero(Segments),
     Read(Piece, IoHandle),
 }
 
-/// Steps 2 and 3: fills `buf` with the blocks from `at` on. What no piece covers reads as zeroes.
+/// Steps 2 and 3: fills `bufs` with the blocks from `at` on. What no piece covers reads as zeroes.
 async fn fill(
     core: &Arc<Core>,
     io: &Io,
     file: &Arc<FileInner>,
     pieces: &Pieces,
     at: FileBlock,
-    buf: DmaBuf,
-) -> (Result<()>, DmaBuf) {
-    let mut whole: Option<DmaBuf> = None;
+    bufs: Segments,
+) -> (Result<()>, Segments) {
+    let mut whole = Segments::None;
     let mut outcome = Ok(());
-    for part in send_all(core, io, &pieces.data, at, buf) {
-        let buf = match part {
-            Part::Zero(buf) => buf,
-            Part::Read(piece, handle) => {
-                let (result, buf) = finish(core, io, file, &piece, handle).await;
-                if let (Err(error), true) = (result, outcome.is_ok()) {
-                    outcome = Err(error);
-                }
-                match buf {
-                    Some(buf) => buf,
-                    None => continue,
-                }
-            }
+    for part in send_all(core, io, &pieces.data, at, bufs) {
+        let (result, bufs) = match part {
+            Part::Zero(bufs) => (Ok(()), bufs),
+            Part::Read(piece, handle) => finish(core, io, file, &piece, handle).await,
         };
-        whole = Some(match whole {
-            None => buf,
-            Some(mut front) => {
-                let joined = front.unsplit(buf);
-                debug_assert!(joined.is_ok(), "the parts of a buffer do not follow each other");
-                front
-            }
-        });
+        outcome = outcome.and(result);
+        whole.append(bufs);
     }
-    // `send_all` makes at least one part, and every part gives its buffer back (the device contract).
-    let mut whole = whole.expect("a read keeps its buffer");
     if let (Some(content), 0) = (&pieces.inline, at.0) {
-        let there = content.len().min(whole.len());
-        whole[..there].copy_from_slice(&content[..there]);
+        let there = content.len().min(whole.len() as usize);
+        whole.copy_from(&content[..there]);
     }
     (outcome, whole)
 }
 
-/// Step 2: cuts the buffer into parts and sends a device request for each piece.
-fn send_all(core: &Core, io: &Io, pieces: &[Piece], at: FileBlock, mut buf: DmaBuf) -> Vec<Part> {
-    let end = at.plus((buf.len() >> BLOCK_SHIFT) as u64);
+/// Step 2: cuts the buffers into parts and sends a device request for each piece.
+fn send_all(core: &Core, io: &Io, pieces: &[Piece], at: FileBlock, mut bufs: Segments) -> Vec<Part> {
+    let end = at.plus(bufs.len() >> BLOCK_SHIFT);
     let mut parts = Vec::new();
     let mut cursor = at;
     let first = pieces.partition_point(|p| p.end() <= at);
     for piece in pieces[first..].iter().take_while(|p| p.at < end) {
         let piece = piece.clip(at, end);
         if piece.at > cursor {
-            parts.push(Part::Zero(zeroed(take_front(&mut buf, piece.at.0 - cursor.0))));
+            parts.push(Part::Zero(zeroed(take_front(&mut bufs, piece.at.0 - cursor.0))));
         }
-        let mine = take_front(&mut buf, piece.len);
-        core.stats.read_data(mine.len() as u64);
+        let mine = take_front(&mut bufs, piece.len);
+        core.stats.read_data(mine.len());
         parts.push(Part::Read(piece, io.send(Request::read(core.locate(piece.addr), mine, 0))));
         cursor = piece.end();
     }
-    if !buf.is_empty() || parts.is_empty() {
-        parts.push(Part::Zero(zeroed(buf)));
+    if !bufs.is_empty() || parts.is_empty() {
+        parts.push(Part::Zero(zeroed(bufs)));
     }
     parts
 }
 
-fn take_front(buf: &mut DmaBuf, blocks: u64) -> DmaBuf {
-    let rest = buf.split_off((blocks as usize) << BLOCK_SHIFT);
-    std::mem::replace(buf, rest)
+fn take_front(bufs: &mut Segments, blocks: u64) -> Segments {
+    let rest = bufs.split_off((blocks as usize) << BLOCK_SHIFT);
+    std::mem::replace(bufs, rest)
 }
 
-fn zeroed(mut buf: DmaBuf) -> DmaBuf {
-    buf.fill(0);
-    buf
+fn zeroed(mut bufs: Segments) -> Segments {
+    bufs.as_mut_slice().iter_mut().for_each(|buf| buf.fill(0));
+    bufs
 }
 
 /// Step 3: waits for one piece and verifies it; a piece that fails is read once more.
@@ -298,24 +285,22 @@ async fn finish(
     file: &Arc<FileInner>,
     piece: &Piece,
     handle: IoHandle,
-) -> (Result<()>, Option<DmaBuf>) {
+) -> (Result<()>, Segments) {
     let sums = expected(core, io, file, piece).await;
     let (result, bufs) = handle.await;
-    let Some(buf) = bufs.into_one() else { return (Err(Error::corrupt("the device lost a buffer")), None) };
     let sums = match sums {
         Ok(sums) => sums,
-        Err(error) => return (Err(error), Some(buf)),
+        Err(error) => return (Err(error), bufs),
     };
-    if result.is_ok() && verify(file, piece, &sums, &buf).is_ok() {
-        return (Ok(()), Some(buf));
+    if result.is_ok() && verify(file, piece, &sums, &bufs).is_ok() {
+        return (Ok(()), bufs);
     }
     core.stats.repeated_read();
-    let (result, bufs) = io.call(Request::read(core.locate(piece.addr), buf, 0)).await;
-    let Some(buf) = bufs.into_one() else { return (Err(Error::corrupt("the device lost a buffer")), None) };
+    let (result, bufs) = io.call(Request::read(core.locate(piece.addr), bufs, 0)).await;
     let outcome = result
         .map_err(|e| Error::io(format!("reading {:?} at byte {}", file.id, piece.at.byte()), e))
-        .and_then(|()| verify(file, piece, &sums, &buf));
-    (outcome, Some(buf))
+        .and_then(|()| verify(file, piece, &sums, &bufs));
+    (outcome, bufs)
 }
 
 /// The checksums that the blocks of `piece` must have; `None` for a block that has none stored.
@@ -338,9 +323,9 @@ async fn expected(
     load::checksums(core, io, file, piece).await
 }
 
-/// Compares the blocks of `piece` in `buf` with their checksums.
-fn verify(file: &FileInner, piece: &Piece, sums: &[Option<u32>], buf: &[u8]) -> Result<()> {
-    for (i, (block, stored)) in buf.chunks_exact(BLOCK_SIZE).zip(sums).enumerate() {
+/// Compares the blocks of `piece` in `bufs` with their checksums.
+fn verify(file: &FileInner, piece: &Piece, sums: &[Option<u32>], bufs: &Segments) -> Result<()> {
+    for (i, (block, stored)) in bufs.chunks(BLOCK_SIZE).zip(sums).enumerate() {
         let Some(stored) = *stored else { continue };
         let found = checksum32(block);
         if found != stored {

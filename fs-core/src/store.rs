@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use bdev_adapter::{DmaBuf, Request};
+use bdev_adapter::{Request, Segments};
 use smallvec::SmallVec;
 
 use crate::alloc::Stream;
@@ -192,65 +192,57 @@ impl Stored {
     }
 }
 
-/// Writes the whole blocks of `buf`, which go to file block `at`, to the blocks of `ordered`.
+/// Writes the whole blocks of `bufs`, which go to file block `at`, to the blocks of `ordered`.
 pub(crate) async fn store(
     core: &Arc<Core>,
     io: &Io,
     at: FileBlock,
     ordered: Ordered,
-    buf: DmaBuf,
-) -> (Result<Stored>, DmaBuf) {
-    send(core, io, at, ordered, buf).finish().await
+    bufs: impl Into<Segments>,
+) -> (Result<Stored>, Segments) {
+    send(core, io, at, ordered, bufs).finish().await
 }
 
 /// [`store`] without waiting: what was sent, to be [finished](Sent::finish). So many may be on their way together.
-pub(crate) fn send(core: &Arc<Core>, io: &Io, at: FileBlock, ordered: Ordered, mut buf: DmaBuf) -> Sent {
-    let sums = buf.chunks_exact(BLOCK_SIZE).map(checksum32).collect();
+pub(crate) fn send(
+    core: &Arc<Core>,
+    io: &Io,
+    at: FileBlock,
+    ordered: Ordered,
+    bufs: impl Into<Segments>,
+) -> Sent {
+    let mut bufs = bufs.into();
+    let sums = bufs.chunks(BLOCK_SIZE).map(checksum32).collect();
     let mut handles = SmallVec::new();
-    core.stats.wrote_data(buf.len() as u64);
+    core.stats.wrote_data(bufs.len());
     for run in ordered.runs() {
-        let rest = buf.split_off((run.len as usize) << BLOCK_SHIFT);
-        handles.push(io.send(Request::write(core.locate(run.start), buf, 0)));
-        buf = rest;
+        let rest = bufs.split_off((run.len as usize) << BLOCK_SHIFT);
+        handles.push(io.send(Request::write(core.locate(run.start), bufs, 0)));
+        bufs = rest;
     }
-    Sent { stored: Stored { at, ordered, sums }, handles, rest: buf }
+    Sent { stored: Stored { at, ordered, sums }, handles, rest: bufs }
 }
 
 /// Content that the device is writing.
 pub(crate) struct Sent {
     stored: Stored,
     handles: SmallVec<[IoHandle; 4]>,
-    /// What is left of the buffer: nothing.
-    rest: DmaBuf,
+    /// What is left of the buffers: nothing.
+    rest: Segments,
 }
 
 impl Sent {
-    /// Waits for the device. On failure the ordered extent gives its blocks back.
-    pub(crate) async fn finish(self) -> (Result<Stored>, DmaBuf) {
+    /// Waits for the device. On failure the ordered extent gives its blocks back. The buffers come back in any case.
+    pub(crate) async fn finish(self) -> (Result<Stored>, Segments) {
         let mut outcome = Ok(());
-        let mut whole = None;
+        let mut whole = Segments::None;
         for handle in self.handles {
             let (result, bufs) = handle.await;
-            if let (Err(error), true) = (result, outcome.is_ok()) {
-                outcome = Err(Error::io("writing file data", error));
-            }
-            if let Some(piece) = bufs.into_one() {
-                whole = Some(join(whole, piece));
-            }
+            outcome = outcome.and(result.map_err(|error| Error::io("writing file data", error)));
+            whole.append(bufs);
         }
+        whole.append(self.rest);
         let stored = self.stored;
-        (outcome.map(|()| stored), join(whole, self.rest))
-    }
-}
-
-/// Puts a buffer together again that was cut in two.
-pub(crate) fn join(front: Option<DmaBuf>, back: DmaBuf) -> DmaBuf {
-    match front {
-        None => back,
-        Some(mut front) => {
-            let joined = front.unsplit(back);
-            debug_assert!(joined.is_ok(), "the parts of a buffer do not follow each other");
-            front
-        }
+        (outcome.map(|()| stored), whole)
     }
 }

@@ -15,9 +15,10 @@
 //! on its own. So want of space and errors of the device are found before anything has changed, however long the
 //! write, and each piece is atomic.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
-use bdev_adapter::DmaBuf;
+use bdev_adapter::{DmaBuf, Segments};
 use smallvec::SmallVec;
 
 use crate::channel::io::Io;
@@ -28,8 +29,8 @@ use crate::file::{File, FileInner};
 use crate::ordered::Ordered;
 use crate::publish::{Change, publish};
 use crate::range_lock::RangeGuard;
-use crate::records::extents::Content;
-use crate::store::{self, join};
+use crate::records::extents::{Content, INLINE_MAX};
+use crate::store;
 use crate::txn::Room;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock};
 use crate::{inline, read, writeback};
@@ -47,45 +48,100 @@ pub(crate) enum At {
     End,
 }
 
-/// Writes a buffer; without a copy when it is whole blocks. Returns the byte offset that it went to.
-pub(crate) async fn write_buf(
+/// Writes buffers, one behind the other; without a copy when offset and lengths are whole blocks. Returns the byte offset that they went
+/// to.
+pub(crate) async fn write_bufs(
     core: &Arc<Core>,
     io: &Io,
     file: &File,
     at: At,
-    mut buf: DmaBuf,
-) -> (Result<u64>, DmaBuf) {
+    mut bufs: Segments,
+) -> (Result<u64>, Segments) {
     if let Err(error) = file.check_writable() {
-        return (Err(error), buf);
+        return (Err(error), bufs);
     }
     let inner = file.inner();
-    let (_guard, offset, place) = match lock_and_place(core, io, inner, at, &buf).await {
+    let (_guard, offset, place) = match lock_and_place(core, io, inner, at, Data::Bufs(&bufs)).await {
         Ok(locked) => locked,
-        Err(error) => return (Err(error), buf),
+        Err(error) => return (Err(error), bufs),
     };
     let pieces = match place {
-        Place::Blocks(pieces) if (offset | buf.len() as u64) & BLOCK_MASK == 0 => pieces,
+        Place::Blocks(pieces) if are_blocks(offset, &bufs) => pieces,
         place => {
-            let result = copy_in(core, io, inner, offset, place, &buf).await;
-            return (result.map(|()| offset), buf);
+            let result = copy_in(core, io, inner, offset, place, &flat(&bufs)).await;
+            return (result.map(|()| offset), bufs);
         }
     };
-    let mut written: Option<DmaBuf> = None;
+    let mut written = Segments::None;
     let mut all = Pieces::new();
     for piece in pieces {
-        let rest = buf.split_off(piece.len);
+        let rest = bufs.split_off(piece.len);
         let (at, end) = (piece.at(), piece.end());
-        let (result, front) = store::store(core, io, at, piece.ordered, buf).await;
-        let whole = join(written.take(), front);
+        let (result, front) = store::store(core, io, at, piece.ordered, bufs).await;
+        written.append(front);
+        bufs = rest;
         match result {
             Ok(stored) => all.push(Change::one(inner, stored, end)),
-            Err(error) => return (Err(error), join(Some(whole), rest)),
+            Err(error) => {
+                written.append(bufs);
+                return (Err(error), written);
+            }
         }
-        written = Some(whole);
-        buf = rest;
     }
+    written.append(bufs);
     let result = publish_all(core, io, all).await;
-    (result.map(|()| offset), join(written, buf))
+    (result.map(|()| offset), written)
+}
+
+/// Whether these are whole blocks, each buffer of them.
+pub(crate) fn are_blocks(offset: u64, bufs: &Segments) -> bool {
+    let whole = |len: u64| len & BLOCK_MASK == 0;
+    let lens = || bufs.as_slice().iter().map(|buf| buf.len() as u64);
+    whole(offset) && lens().all(|len| len > 0 && whole(len)) && !bufs.is_empty()
+}
+
+/// The bytes of `bufs` in one piece; copied if they are several.
+pub(crate) fn flat(bufs: &Segments) -> Cow<'_, [u8]> {
+    match bufs {
+        Segments::One(buf) => Cow::Borrowed(buf),
+        bufs => {
+            let mut bytes = vec![0; bufs.len() as usize];
+            bufs.copy_to(&mut bytes);
+            Cow::Owned(bytes)
+        }
+    }
+}
+
+/// Writes a slice, through a copy. Returns the byte offset that it went to.
+pub(crate) async fn write_slice(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> Result<u64> {
+    file.check_writable()?;
+    let inner = file.inner();
+    let (_guard, offset, place) = lock_and_place(core, io, inner, at, Data::Slice(data)).await?;
+    copy_in(core, io, inner, offset, place, data).await?;
+    Ok(offset)
+}
+
+/// What is written.
+#[derive(Clone, Copy)]
+enum Data<'a> {
+    Slice(&'a [u8]),
+    Bufs(&'a Segments),
+}
+
+impl<'a> Data<'a> {
+    fn len(self) -> usize {
+        match self {
+            Data::Slice(bytes) => bytes.len(),
+            Data::Bufs(bufs) => bufs.len() as usize,
+        }
+    }
+
+    fn flat(self) -> Cow<'a, [u8]> {
+        match self {
+            Data::Slice(bytes) => Cow::Borrowed(bytes),
+            Data::Bufs(bufs) => flat(bufs),
+        }
+    }
 }
 
 /// What a write does at once, whole or not at all; a longer one is cut at block borders.
@@ -146,7 +202,7 @@ async fn lock_and_place(
     io: &Io,
     file: &Arc<FileInner>,
     at: At,
-    data: &[u8],
+    data: Data<'_>,
 ) -> Result<(RangeGuard, u64, Place)> {
     let mut tried = false;
     loop {
@@ -165,11 +221,19 @@ async fn lock_and_place(
 }
 
 /// Step 2.
-async fn place(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, data: &[u8]) -> Result<Place> {
-    match inline::content_after(core, io, file, &[(offset, data)]).await? {
-        Some(content) => Ok(Place::Inline(content)),
-        None => allocate_all(core, io, file, offset, data.len()).await.map(Place::Blocks),
+async fn place(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    offset: u64,
+    data: Data<'_>,
+) -> Result<Place> {
+    if data.len() <= INLINE_MAX
+        && let Some(content) = inline::content_after(core, io, file, &[(offset, &data.flat())]).await?
+    {
+        return Ok(Place::Inline(content));
     }
+    allocate_all(core, io, file, offset, data.len()).await.map(Place::Blocks)
 }
 
 /// Step 2 for all pieces of a write.
@@ -188,15 +252,6 @@ async fn allocate_all(
         pieces.push(Piece { offset, len, ordered });
     }
     Ok(pieces)
-}
-
-/// Writes a slice, through a copy. Returns the byte offset that it went to.
-pub(crate) async fn write_slice(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> Result<u64> {
-    file.check_writable()?;
-    let inner = file.inner();
-    let (_guard, offset, place) = lock_and_place(core, io, inner, at, data).await?;
-    copy_in(core, io, inner, offset, place, data).await?;
-    Ok(offset)
 }
 
 /// Writes `data` at `offset` of a file whose range is locked, through a copy.
@@ -258,11 +313,12 @@ async fn read_edge(
     mut buf: DmaBuf,
     index: usize,
 ) -> Result<DmaBuf> {
-    let mut block = buf.split_off(index << BLOCK_SHIFT);
-    let rest = block.split_off(BLOCK_SIZE);
-    let (result, block) = read::read_blocks(core, io, file, first.plus(index as u64), block).await;
+    let edge = &mut buf[index << BLOCK_SHIFT..][..BLOCK_SIZE];
+    let (result, block) =
+        read::read_blocks(core, io, file, first.plus(index as u64), io.buffer(BLOCK_SIZE)?).await;
     result?;
-    Ok(join(Some(join(Some(buf), block)), rest))
+    edge.copy_from_slice(&block);
+    Ok(buf)
 }
 
 /// Step 5 for all pieces, each on its own.

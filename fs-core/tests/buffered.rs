@@ -104,7 +104,7 @@ fn every_form_of_a_call_goes_through_the_cache() {
             3,
         );
         while channel.poll(&mut done) == 0 {}
-        assert_eq!(done.remove(0).buf.expect("a buffer")[..], expected[..8192]);
+        assert_eq!(done.remove(0).bufs.into_one().expect("a buffer")[..], expected[..8192]);
     }
     channel.sync_range(&file, 0, 1).expect("sync");
     channel.sync_file(&file).expect("sync");

@@ -169,7 +169,7 @@ fn batches_of_every_length_are_answered_once() {
                 assert!(!std::mem::replace(&mut answered[tag as usize], true), "{tag} was answered twice");
                 assert!(matches!(completion.result, Ok(Output::Bytes(LEN))), "{:?}", completion.result);
                 let expected = if tag.isqrt().is_multiple_of(2) { 1000 } else { 2000 } + tag % 50;
-                assert_is(&completion.buf.unwrap(), expected, "a read of many");
+                assert_is(&completion.bufs.into_one().unwrap(), expected, "a read of many");
             }
             assert_eq!(channel.in_flight(), 0);
             assert_eq!(channel.poll(&mut Vec::new()), 0, "answered more often than asked");
@@ -223,7 +223,7 @@ fn a_submitted_read_keeps_its_block() {
         gate.shut.store(false, Ordering::SeqCst);
         let done = poll_until(&channel, 1).pop().unwrap();
         assert!(done.result.is_ok(), "{:?}", done.result);
-        assert_is(&done.buf.unwrap(), 3, "a late read");
+        assert_is(&done.bufs.into_one().unwrap(), 3, "a late read");
     });
 }
 
@@ -256,7 +256,7 @@ fn what_the_device_gets_wrong_once_is_read_again() {
             channel.submit_read(file, block * BLOCK, buffer(&channel), 0);
             let done = poll_until(&channel, 1).pop().unwrap();
             assert!(done.result.is_ok(), "{:?}", done.result);
-            assert_is(&done.buf.unwrap(), 1 + block, "submitted");
+            assert_is(&done.bufs.into_one().unwrap(), 1 + block, "submitted");
             gate.spoil.store(1, Ordering::SeqCst);
             let mut bytes = vec![0; LEN];
             channel.read(file, block * BLOCK, &mut bytes).unwrap();
@@ -283,7 +283,7 @@ fn an_unmount_refuses_what_was_not_started() {
     let done = poll_until(&channel, 1).pop().unwrap();
     assert_eq!(done.tag, 9);
     assert!(matches!(done.result, Err(Error::Unmounted)), "{:?}", done.result);
-    assert_eq!(done.buf.unwrap().len(), LEN);
+    assert_eq!(done.bufs.into_one().unwrap().len(), LEN);
     channel.submit_read(&file, 0, buffer(&channel), 10);
     assert!(matches!(poll_until(&channel, 1)[0].result, Err(Error::Unmounted)));
 }

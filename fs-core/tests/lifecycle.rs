@@ -156,7 +156,7 @@ fn what_was_answered_with_success_outlives_the_unmount() {
         let fs = mount(&device.device, &quiet());
         let channel = fs.channel().unwrap();
         let file = channel.open("a", OpenFlags::READ_ONLY).unwrap();
-        for Completion { tag, result, buf } in found {
+        for Completion { tag, result, bufs } in found {
             let done = match result {
                 Ok(_) => true,
                 Err(Error::Unmounted) => false,
@@ -166,7 +166,7 @@ fn what_was_answered_with_success_outlives_the_unmount() {
                 assert!(!done || channel.stat("b").is_ok(), "a create that was answered is lost");
                 continue;
             }
-            assert_eq!(buf.unwrap().len(), LEN);
+            assert_eq!(bufs.len(), LEN as u64);
             let there = holds(&channel, &file, tag * LEN as u64, tag, LEN);
             assert!(!done || there, "write {tag} was answered with success, and is lost; {polls} polls");
         }

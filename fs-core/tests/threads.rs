@@ -280,7 +280,7 @@ fn read_in_some_form(channel: &Channel, file: &File, from: u64, len: usize, rng:
             channel.submit(Operation::Read { file: file.clone(), offset: from, buf }, 7);
             let answer = answers(channel, 1).pop().unwrap();
             match answer.result.unwrap() {
-                fs_core::Output::Bytes(there) => answer.buf.unwrap()[..there].to_vec(),
+                fs_core::Output::Bytes(there) => answer.bufs.into_one().unwrap()[..there].to_vec(),
                 other => panic!("{other:?}"),
             }
         }

@@ -137,3 +137,66 @@ fn the_callers_buffer_is_the_devices() {
         assert!(buf[..] == content[..]);
     }
 }
+
+/// The same for several buffers: each is the device's, whatever order the extents of the file are in.
+#[test]
+fn the_callers_buffers_are_the_devices() {
+    let _watchdog = Watchdog::start("the_callers_buffers_are_the_devices", 0, 60);
+    let memory = MemDevice::new(64 * MIB, BLOCK as u32).expect("a device");
+    let seen = Seen::default();
+    let device: Arc<dyn Device> = Arc::new(Spy { inner: memory, seen: Arc::clone(&seen) });
+    let fs = fresh(&device, &quiet());
+    let channel = fs.channel().expect("channel");
+    let file = channel.open("file", OpenFlags::CREATE).expect("open");
+    let lens = [1, 7, 300, 2, 1].map(|blocks| blocks * BLOCK as usize);
+    let total = lens.iter().sum();
+    let content = pattern(1, total);
+    let buffers = |content: &[u8]| {
+        let mut at = 0;
+        let buffer = |len: usize| {
+            let mut buf = DmaBuf::new(&device.dma(), len).expect("a buffer");
+            buf.copy_from_slice(&content[at..at + len]);
+            at += len;
+            buf
+        };
+        lens.map(buffer).into_iter().collect::<Vec<_>>()
+    };
+    let all_named = |kind: Kind, bufs: &[Range<usize>]| {
+        let seen = seen.lock().expect("no panic");
+        let mut ranges: Vec<_> =
+            seen.iter().filter(|(of, _)| *of == kind).map(|(_, range)| range.clone()).collect();
+        drop(seen);
+        ranges.sort_by_key(|range| range.start);
+        let mut bufs = bufs.to_vec();
+        bufs.sort_by_key(|range| range.start);
+        let sum = |ranges: &[Range<usize>]| ranges.iter().map(|range| range.len()).sum::<usize>();
+        assert_eq!(sum(&ranges), sum(&bufs), "{kind:?} of all of it, once");
+        for range in ranges {
+            assert!(
+                bufs.iter().any(|buf| buf.start <= range.start && range.end <= buf.end),
+                "{kind:?} elsewhere"
+            );
+        }
+    };
+    let bufs = buffers(&content);
+    let memory: Vec<_> = bufs.iter().map(memory_of).collect();
+    seen.lock().expect("no panic").clear();
+    let (result, bufs) = channel.writev_bufs(&file, 3 * BLOCK, bufs);
+    result.expect("write");
+    all_named(Kind::Write, &memory);
+    assert_eq!(bufs.iter().map(memory_of).collect::<Vec<_>>(), memory, "and they come back");
+    // Some blocks elsewhere, so that extents and buffers end at different places.
+    for block in [5, 100, 200] {
+        channel
+            .write(&file, block * BLOCK, &content[(block as usize - 3) * BLOCK as usize..][..BLOCK as usize])
+            .expect("write");
+    }
+    let bufs = buffers(&vec![0; total]);
+    let memory: Vec<_> = bufs.iter().map(memory_of).collect();
+    seen.lock().expect("no panic").clear();
+    let (result, bufs) = channel.readv_bufs(&file, 3 * BLOCK, bufs);
+    assert_eq!(result.expect("read"), total);
+    all_named(Kind::Read, &memory);
+    assert_eq!(bufs.iter().map(memory_of).collect::<Vec<_>>(), memory, "and they come back");
+    assert!(bufs.iter().flat_map(|buf| buf.iter()).eq(content.iter()), "the bytes");
+}

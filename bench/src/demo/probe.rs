@@ -109,7 +109,7 @@ pub(crate) fn random_reads(channel: &Channel, model: &Model, duration: Duration,
         }
         let Some(((), completion)) = flight.next() else { break };
         completion.result.doing("read a random block")?;
-        spare.extend(completion.buf);
+        spare.extend(completion.bufs.into_one());
         operations += 1;
         // The clock costs as much as a good part of a read from memory.
         if operations % 64 == 0 {

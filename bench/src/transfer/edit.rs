@@ -109,7 +109,7 @@ impl<'t> Editor<'_, 't> {
             }
             Step::Changing { task, file, at, rest } => {
                 completion.result.doing(format!("{} '{}'", task.changes[at], show_name(&task.name)))?;
-                if let Some(buf) = completion.buf {
+                if let Some(buf) = completion.bufs.into_one() {
                     self.spare.push(Part::whole(buf, rest));
                 }
                 self.change(task, file, at + 1)?;

@@ -138,7 +138,7 @@ impl Reader<'_> {
                 let (index, size) = (out.index, out.size);
                 let complete = out.reads == 0 && out.at >= size;
                 let output = completion.result.doing(format!("read {}", self.name(index)))?;
-                let (Output::Bytes(len), Some(buf)) = (output, completion.buf) else {
+                let (Output::Bytes(len), Some(buf)) = (output, completion.bufs.into_one()) else {
                     return Err(odd_answer("read"));
                 };
                 let expected = (CHUNK as u64).min(size - offset);

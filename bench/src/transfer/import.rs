@@ -210,7 +210,7 @@ impl Writer<'_> {
             }
             Step::Write { index, rest } => {
                 completion.result.doing(format!("write {}", self.name(index)))?;
-                let buf = completion.buf.ok_or_else(|| odd_answer("write"))?;
+                let buf = completion.bufs.into_one().ok_or_else(|| odd_answer("write"))?;
                 self.done.bytes += buf.len() as u64;
                 // The reader may have finished and taken its end of the pool with it.
                 let _ = self.back.send(Part::whole(buf, rest));

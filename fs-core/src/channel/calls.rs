@@ -2,7 +2,7 @@
 
 use std::future::Future;
 
-use bdev_adapter::DmaBuf;
+use bdev_adapter::{DmaBuf, Segments};
 
 use super::future::Answer;
 use super::operation::{DirEntry, OpenFlags, Operation, Output, Stat, StatFs};
@@ -13,6 +13,7 @@ use crate::types::InodeId;
 use crate::{buffered, commit, namespace, truncate, write};
 
 mod sync;
+mod vectored;
 
 /// Names per page of a listing.
 const LIST_PAGE: usize = 512;
@@ -114,9 +115,9 @@ impl Channel {
                     Ok(buf) => return (Ok(len), buf),
                     Err(buf) => buf,
                 };
-                let read = buffered::read_buf(&self.core, &self.shared.io, file, offset, buf);
-                let (result, buf) = self.block_on(read);
-                (result.map_err(|error| self.core.explain(error)), buf)
+                let read = buffered::read_bufs(&self.core, &self.shared.io, file, offset, buf.into());
+                let (result, bufs) = self.block_on(read);
+                (result.map_err(|error| self.core.explain(error)), only(bufs))
             }
             Err(error) => (Err(error), buf),
         }
@@ -138,8 +139,9 @@ impl Channel {
             return (Err(error), buf);
         }
         let at = write::At::Offset(offset);
-        let (result, buf) = self.block_on(buffered::write_buf(&self.core, &self.shared.io, file, at, buf));
-        (result.map(|_| ()).map_err(|error| self.core.explain(error)), buf)
+        let write = buffered::write_bufs(&self.core, &self.shared.io, file, at, buf.into());
+        let (result, bufs) = self.block_on(write);
+        (result.map(|_| ()).map_err(|error| self.core.explain(error)), only(bufs))
     }
 
     /// Writes `data` at the end of the file; returns the byte offset that it went to.
@@ -215,8 +217,18 @@ impl Channel {
 
     /// [`stat`](Self::stat) as a future.
     pub fn stat_async(&self, name: impl AsRef<[u8]>) -> OpFuture<'_, Result<Stat>> {
-        self.start(Operation::Stat { name: name.as_ref().to_vec() }, |(result, _)| match result? {
-            Output::Stat(stat) => Ok(stat),
+        self.start(Operation::Stat { name: name.as_ref().to_vec() }, found)
+    }
+
+    /// [`stat_file`](Self::stat_file) as a future.
+    pub fn stat_file_async(&self, file: &File) -> OpFuture<'_, Result<Stat>> {
+        self.start(Operation::StatFile { file: file.clone() }, found)
+    }
+
+    /// [`statfs`](Self::statfs) as a future.
+    pub fn statfs_async(&self) -> OpFuture<'_, Result<StatFs>> {
+        self.start(Operation::StatFs, |(result, _)| match result? {
+            Output::StatFs(statfs) => Ok(*statfs),
             other => Err(unexpected(&other)),
         })
     }
@@ -282,10 +294,22 @@ pub(super) fn done((result, _): Answer) -> Result<()> {
     result.map(|_| ())
 }
 
-fn with_buffer<T>((result, buf): Answer, convert: impl FnOnce(Output) -> Result<T>) -> (Result<T>, DmaBuf) {
-    // `dispatch::run` and `dispatch::into_buf` return the buffer of every operation that was given one.
-    let buf = buf.expect("an operation with a buffer returns it");
-    (result.and_then(convert), buf)
+fn found((result, _): Answer) -> Result<Stat> {
+    match result? {
+        Output::Stat(stat) => Ok(*stat),
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn with_buffer<T>((result, bufs): Answer, convert: impl FnOnce(Output) -> Result<T>) -> (Result<T>, DmaBuf) {
+    (result.and_then(convert), only(bufs))
+}
+
+/// The buffer of an operation that has one.
+fn only(bufs: Segments) -> DmaBuf {
+    // Every operation returns what it was given: the device gives the parts of a buffer back, and they join again; `dispatch::into_bufs`
+    // returns that of an operation that is refused.
+    bufs.into_one().expect("an operation with a buffer returns it")
 }
 
 /// An answer of another kind than the operation has: `dispatch` gives none, so this is never seen.

@@ -102,8 +102,8 @@ impl Engine {
     pub(super) fn submit(&mut self, core: &Arc<Core>, operation: Operation, tag: u64) {
         let (core, io) = (Arc::clone(core), self.io.clone());
         self.spawn(async move {
-            let (result, buf) = crate::dispatch::run(&core, &io, operation).await;
-            io.answer(Completion { tag, result, buf });
+            let (result, bufs) = crate::dispatch::run(&core, &io, operation).await;
+            io.answer(Completion { tag, result, bufs });
         });
     }
 

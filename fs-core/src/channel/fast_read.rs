@@ -31,6 +31,7 @@ use super::engine::FAST_READ;
 use super::holds::HoldSet;
 use super::io::Io;
 use super::operation::{Completion, Operation, Output};
+use crate::buffered;
 use crate::core::Core;
 use crate::extent_map::{Entry, View, prefetch_read};
 use crate::file::File;
@@ -365,7 +366,7 @@ impl FastReads {
         }
         if good {
             let result = Ok(Output::Bytes(buf.len()));
-            self.done.push(Completion { tag, result, buf: Some(buf) });
+            self.done.push(Completion { tag, result, bufs: Segments::One(buf) });
             self.end_file(file);
             return None;
         }
@@ -373,8 +374,8 @@ impl FastReads {
         self.end_file(file);
         let (core, io, file) = (Arc::clone(&self.core), io.clone(), again?);
         Some(async move {
-            let (result, buf) = crate::read::read_buf(&core, &io, file.inner(), offset, buf).await;
-            io.answer(Completion { tag, result: result.map(Output::Bytes), buf: Some(buf) });
+            let (result, bufs) = buffered::read_bufs(&core, &io, &file, offset, buf.into()).await;
+            io.answer(Completion { tag, result: result.map(Output::Bytes), bufs });
         })
     }
 

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use bdev_adapter::DmaBuf;
+use bdev_adapter::Segments;
 use parking_lot::Mutex;
 
 use super::Channel;
@@ -17,7 +17,7 @@ use super::operation::Output;
 use crate::error::Result;
 
 /// What every operation ends with.
-pub(crate) type Answer = (Result<Output>, Option<DmaBuf>);
+pub(crate) type Answer = (Result<Output>, Segments);
 
 /// The answer of an operation to come. Not `Send`: it belongs to the channel's thread.
 #[must_use = "an operation goes on without its future, but its answer is lost"]

@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
-use bdev_adapter::{DmaBuf, QueuePair};
+use bdev_adapter::{DmaBuf, QueuePair, Segments};
 use parking_lot::Mutex;
 
 pub use calls::List;
@@ -189,7 +189,7 @@ impl Channel {
         let mut engine = self.shared.engine.lock();
         if engine.queue_pair.is_none() || self.core.check_mounted().is_err() {
             drop(engine);
-            self.refuse(tag, crate::dispatch::into_buf(operation));
+            self.refuse(tag, crate::dispatch::into_bufs(operation));
         } else {
             engine.submit(&self.core, operation, tag);
         }
@@ -200,14 +200,14 @@ impl Channel {
     pub fn submit_read(&self, file: &File, offset: u64, buf: DmaBuf, tag: u64) {
         self.in_flight.set(self.in_flight.get() + 1);
         if self.core.check_mounted().is_err() {
-            return self.refuse(tag, Some(buf));
+            return self.refuse(tag, buf.into());
         }
         self.accepted.borrow_mut().push(file, offset, buf, tag);
     }
 
     #[cold]
-    fn refuse(&self, tag: u64, buf: Option<DmaBuf>) {
-        self.shared.io.answer(Completion { tag, result: Err(Error::Unmounted), buf });
+    fn refuse(&self, tag: u64, bufs: Segments) {
+        self.shared.io.answer(Completion { tag, result: Err(Error::Unmounted), bufs });
     }
 
     /// Hands the accepted reads over to the engine; it is to be polled next.
@@ -219,7 +219,7 @@ impl Channel {
         }
         match engine.queue_pair {
             Some(_) => engine.reads.accept(&mut accepted),
-            None => accepted.drain().for_each(|(tag, buf)| self.refuse(tag, Some(buf))),
+            None => accepted.drain().for_each(|(tag, buf)| self.refuse(tag, buf.into())),
         }
     }
 
@@ -321,7 +321,7 @@ impl Channel {
                 *cell.lock() = Some(value);
             });
         } else {
-            *answer.lock() = Some((Err(Error::Unmounted), crate::dispatch::into_buf(operation)));
+            *answer.lock() = Some((Err(Error::Unmounted), crate::dispatch::into_bufs(operation)));
         }
         drop(engine);
         OpFuture { channel: self, answer, convert }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use bdev_adapter::DmaBuf;
+use bdev_adapter::{DmaBuf, Segments};
 
 use crate::batch::WriteBatch;
 use crate::error::Result;
@@ -140,6 +140,15 @@ pub enum Operation {
         /// Where to; no copy is made when offset and length are multiples of 4096.
         buf: DmaBuf,
     },
+    /// Read into `bufs`, one behind the other, in one state of the file; the answer is [`Output::Bytes`], short at end of file.
+    Readv {
+        /// The file.
+        file: File,
+        /// Byte offset, any.
+        offset: u64,
+        /// Where to; no copy is made when the offset and every length are multiples of 4096.
+        bufs: Vec<DmaBuf>,
+    },
     /// Write `buf`.
     Write {
         /// The file.
@@ -148,6 +157,15 @@ pub enum Operation {
         offset: u64,
         /// What; no copy is made when offset and length are multiples of 4096.
         buf: DmaBuf,
+    },
+    /// Write `bufs`, one behind the other.
+    Writev {
+        /// The file.
+        file: File,
+        /// Byte offset, any.
+        offset: u64,
+        /// What; no copy is made when the offset and every length are multiples of 4096.
+        bufs: Vec<DmaBuf>,
     },
     /// Write `buf` at the end; the answer is [`Output::Offset`].
     Append {
@@ -260,6 +278,11 @@ pub enum Operation {
         /// Its name.
         name: Vec<u8>,
     },
+    /// What is known of an open file; the answer is [`Output::Stat`].
+    StatFile {
+        /// The file.
+        file: File,
+    },
     /// List names in order; the answer is [`Output::Entries`], empty at the end.
     List {
         /// Names must start with this.
@@ -287,12 +310,12 @@ pub enum Output {
     Created(InodeId),
     /// The opened file.
     Opened(File),
-    /// What is known of a file.
-    Stat(Stat),
+    /// What is known of a file. (Boxed: answers of reads are small.)
+    Stat(Box<Stat>),
     /// Names.
     Entries(Vec<DirEntry>),
     /// Space.
-    StatFs(StatFs),
+    StatFs(Box<StatFs>),
     /// Where a range lies.
     Extents(Vec<FileExtent>),
 }
@@ -304,6 +327,9 @@ pub struct Completion {
     pub tag: u64,
     /// How it went.
     pub result: Result<Output>,
-    /// The buffer of the operation, if it had one; also on failure.
-    pub buf: Option<DmaBuf>,
+    /// The buffers of the operation, if it had any, as they were given; also on failure.
+    pub bufs: Segments,
 }
+
+// A batch of answers passes through the cache with each poll.
+const _: () = assert!(size_of::<Completion>() <= 96);

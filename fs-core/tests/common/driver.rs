@@ -1,19 +1,21 @@
-//! Drives a mounted filesystem with operations of the model, in the three forms of its API.
+//! Drives a mounted filesystem with operations of the model, in the three forms of its API; of the reads and writes a third as several
+//! buffers ([`cut`]).
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::io::{IoSlice, IoSliceMut};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use bdev_adapter::DmaBuf;
+use bdev_adapter::{DmaBuf, Segments};
 use fs_core::{Channel, Completion, Error, File, Filesystem, Operation, Output, WriteBatch};
-use rand::Rng;
 use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
 
 use super::op::{Answer, Handle, Op, Outcome};
-use super::{fill, pattern};
+use super::{BLOCK, fill, pattern};
 
 /// How operations are asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,6 +75,20 @@ impl Driver {
         buf
     }
 
+    /// Buffers of these lengths.
+    fn buffers(&self, lens: &[usize], tag: Option<u64>) -> Vec<DmaBuf> {
+        let whole = self.buffer(lens.iter().sum(), tag);
+        let mut at = 0;
+        let mut bufs = Vec::new();
+        for len in lens {
+            let mut buf = self.channel.buffer(*len).expect("a buffer");
+            buf.copy_from_slice(&whole[at..at + len]);
+            at += len;
+            bufs.push(buf);
+        }
+        bufs
+    }
+
     fn batch(&self, writes: &[(Handle, u64, usize, u64)]) -> WriteBatch {
         let mut batch = WriteBatch::new();
         for (handle, offset, len, tag) in writes {
@@ -110,7 +126,10 @@ impl Driver {
             Op::StatFile { handle } => channel.stat_file(file(handle)).map(Answer::Stat),
             Op::Read { handle, offset, len, slice: true } => {
                 let mut bytes = vec![0xEE; *len];
-                let there = channel.read(file(handle), *offset, &mut bytes)?;
+                let there = match cut(op) {
+                    Some(lens) => channel.readv(file(handle), *offset, &mut slices_mut(&mut bytes, &lens))?,
+                    None => channel.read(file(handle), *offset, &mut bytes)?,
+                };
                 assert!(
                     bytes[there..].iter().all(|byte| *byte == 0xEE),
                     "{op:?}: wrote behind its {there} bytes"
@@ -119,13 +138,28 @@ impl Driver {
                 Ok(Answer::Bytes(bytes))
             }
             Op::Read { handle, offset, len, slice: false } => {
+                if let Some(lens) = cut(op) {
+                    let bufs = self.buffers(&lens, None);
+                    let (result, bufs) = channel.readv_bufs(file(handle), *offset, bufs);
+                    return read(op, result, &joined(op, bufs));
+                }
                 let (result, buf) = channel.read_buf(file(handle), *offset, self.buffer(*len, None));
-                read(op, result, buf)
+                read(op, result, &buf)
             }
             Op::Write { handle, offset, len, tag, slice: true } => {
-                channel.write(file(handle), *offset, &pattern(*tag, *len)).map(done)
+                let bytes = pattern(*tag, *len);
+                match cut(op) {
+                    Some(lens) => channel.writev(file(handle), *offset, &slices(&bytes, &lens)).map(done),
+                    None => channel.write(file(handle), *offset, &bytes).map(done),
+                }
             }
             Op::Write { handle, offset, len, tag, slice: false } => {
+                if let Some(lens) = cut(op) {
+                    let bufs = self.buffers(&lens, Some(*tag));
+                    let (result, bufs) = channel.writev_bufs(file(handle), *offset, bufs);
+                    written(op, &joined(op, bufs));
+                    return result.map(done);
+                }
                 let (result, buf) = channel.write_buf(file(handle), *offset, self.buffer(*len, Some(*tag)));
                 written(op, &buf);
                 result.map(done)
@@ -203,13 +237,30 @@ impl Driver {
             }
             Op::Stat { name } => map!(channel.stat_async(name), Answer::Stat),
             Op::Read { handle, offset, len, .. } => {
+                if let Some(lens) = cut(op) {
+                    let bufs = self.buffers(&lens, None);
+                    let future = channel.readv_async(file(handle), *offset, bufs);
+                    return Box::pin(async move {
+                        let (result, bufs) = future.await;
+                        read(op, result, &joined(op, bufs))
+                    });
+                }
                 let future = channel.read_async(file(handle), *offset, self.buffer(*len, None));
                 Box::pin(async move {
                     let (result, buf) = future.await;
-                    read(op, result, buf)
+                    read(op, result, &buf)
                 })
             }
             Op::Write { handle, offset, len, tag, .. } => {
+                if let Some(lens) = cut(op) {
+                    let bufs = self.buffers(&lens, Some(*tag));
+                    let future = channel.writev_async(file(handle), *offset, bufs);
+                    return Box::pin(async move {
+                        let (result, bufs) = future.await;
+                        written(op, &joined(op, bufs));
+                        result.map(|()| Answer::Done)
+                    });
+                }
                 let future = channel.write_async(file(handle), *offset, self.buffer(*len, Some(*tag)));
                 Box::pin(async move {
                     let (result, buf) = future.await;
@@ -236,7 +287,9 @@ impl Driver {
             Op::Batch { writes } => done!(channel.write_batch_async(&Arc::new(self.batch(writes)))),
             Op::SyncFile { handle } => done!(channel.sync_file_async(file(handle))),
             Op::Sync => done!(channel.sync_async()),
-            Op::StatFile { .. } | Op::StatFs | Op::ListAll { .. } => unreachable!("{op:?} has no future"),
+            Op::StatFile { handle } => map!(channel.stat_file_async(file(handle)), Answer::Stat),
+            Op::StatFs => map!(channel.statfs_async(), Answer::StatFs),
+            Op::ListAll { .. } => unreachable!("{op:?} has no future"),
         }
     }
 
@@ -279,9 +332,16 @@ impl Driver {
             Op::List { prefix, after, max } => Operation::List { prefix, after, max },
             Op::Stat { name } => Operation::Stat { name },
             Op::Read { handle, offset, len, .. } => {
+                if let Some(lens) = cut(op) {
+                    return Operation::Readv { file: file(&handle), offset, bufs: self.buffers(&lens, None) };
+                }
                 Operation::Read { file: file(&handle), offset, buf: self.buffer(len, None) }
             }
             Op::Write { handle, offset, len, tag, .. } => {
+                if let Some(lens) = cut(op) {
+                    let bufs = self.buffers(&lens, Some(tag));
+                    return Operation::Writev { file: file(&handle), offset, bufs };
+                }
                 Operation::Write { file: file(&handle), offset, buf: self.buffer(len, Some(tag)) }
             }
             Op::Append { handle, len, tag } => {
@@ -299,7 +359,8 @@ impl Driver {
             Op::SyncFile { handle } => Operation::SyncFile { file: file(&handle) },
             Op::Sync => Operation::Sync,
             Op::StatFs => Operation::StatFs,
-            Op::StatFile { .. } | Op::ListAll { .. } => unreachable!("{op:?} is not submitted"),
+            Op::StatFile { handle } => Operation::StatFile { file: file(&handle) },
+            Op::ListAll { .. } => unreachable!("{op:?} is not submitted"),
         }
     }
 }
@@ -309,7 +370,7 @@ fn entries(found: Vec<fs_core::DirEntry>) -> Outcome {
 }
 
 /// The answer to a read into a buffer, which must come back whole.
-fn read(op: &Op, result: Result<usize, Error>, buf: DmaBuf) -> Outcome {
+fn read(op: &Op, result: Result<usize, Error>, buf: &[u8]) -> Outcome {
     if let Op::Read { len, .. } = op {
         assert_eq!(buf.len(), *len, "{op:?}: the buffer came back with another length");
     }
@@ -323,14 +384,56 @@ fn written(op: &Op, buf: &[u8]) {
     }
 }
 
+/// The lengths of the buffers that a third of the reads and writes are cut into: whole blocks, or anything, down to nothing.
+fn cut(op: &Op) -> Option<Vec<usize>> {
+    let (Op::Read { offset, len, .. } | Op::Write { offset, len, .. }) = op else { return None };
+    let mut dice = SmallRng::seed_from_u64(*offset ^ (*len as u64) << 40);
+    if *len == 0 || dice.random_range(0..3) > 0 {
+        return None;
+    }
+    let unit = if dice.random_bool(0.6) { BLOCK as usize } else { 1 };
+    let mut lens = Vec::new();
+    let mut left = *len;
+    while left > 0 && lens.len() < 6 {
+        let most = (left / unit).max(1);
+        let part = (dice.random_range(usize::from(unit > 1)..=most) * unit).min(left);
+        lens.push(part);
+        left -= part;
+    }
+    lens.push(left);
+    if unit > 1 && left == 0 {
+        lens.pop();
+    }
+    Some(lens)
+}
+
+/// The bytes of the buffers of `op`, which must be the ones that it was given.
+fn joined(op: &Op, bufs: Vec<DmaBuf>) -> Vec<u8> {
+    let lens: Vec<usize> = bufs.iter().map(|buf| buf.len()).collect();
+    assert_eq!(Some(lens), cut(op), "{op:?}: the buffers came back with other lengths");
+    bufs.iter().flat_map(|buf| buf.iter().copied()).collect()
+}
+
+fn slices<'a>(mut bytes: &'a [u8], lens: &[usize]) -> Vec<IoSlice<'a>> {
+    lens.iter().map(|len| IoSlice::new(bytes.split_off(..*len).expect("all the lengths"))).collect()
+}
+
+fn slices_mut<'a>(mut bytes: &'a mut [u8], lens: &[usize]) -> Vec<IoSliceMut<'a>> {
+    lens.iter().map(|len| IoSliceMut::new(bytes.split_off_mut(..*len).expect("all the lengths"))).collect()
+}
+
 fn convert(op: &Op, answer: Completion) -> Outcome {
-    match (op, answer.buf) {
+    let bufs = (!answer.bufs.as_slice().is_empty()).then(|| match answer.bufs {
+        Segments::Many(bufs) => joined(op, bufs),
+        bufs => bufs.into_one().expect("a buffer").to_vec(),
+    });
+    match (op, bufs) {
         (Op::Read { .. }, Some(buf)) => {
             let result = answer.result.map(|output| match output {
                 Output::Bytes(there) => there,
                 other => panic!("{op:?} was answered with {other:?}"),
             });
-            return read(op, result, buf);
+            return read(op, result, &buf);
         }
         (Op::Write { .. } | Op::Append { .. }, Some(buf)) => written(op, &buf),
         (Op::Read { .. } | Op::Write { .. } | Op::Append { .. }, None) => panic!("{op:?} lost its buffer"),
@@ -341,9 +444,9 @@ fn convert(op: &Op, answer: Completion) -> Outcome {
         Output::Created(id) => Answer::Created(id.0),
         Output::Opened(file) => Answer::Opened(file),
         Output::Offset(offset) => Answer::Offset(offset),
-        Output::Stat(stat) => Answer::Stat(stat),
+        Output::Stat(stat) => Answer::Stat(*stat),
         Output::Entries(found) => return entries(found),
-        Output::StatFs(statfs) => Answer::StatFs(statfs),
+        Output::StatFs(statfs) => Answer::StatFs(*statfs),
         other => panic!("{op:?} was answered with {other:?}"),
     })
 }

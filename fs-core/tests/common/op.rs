@@ -100,7 +100,7 @@ pub(crate) enum Op {
 impl Op {
     /// True when there is a future for it and it can be submitted.
     pub(crate) fn is_asynchronous(&self) -> bool {
-        !matches!(self, Op::StatFile { .. } | Op::StatFs | Op::ListAll { .. })
+        !matches!(self, Op::ListAll { .. })
     }
 
     /// The handle that it works with.
