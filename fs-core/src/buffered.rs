@@ -33,6 +33,7 @@ use crate::coherence::{self, lock_range};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{File, FileInner};
+use crate::mutation::{Mutation, Point, broken, reached};
 use crate::page_cache::{Ahead, FilePages, NewPage, Page, UNIT_BLOCKS, Unfit};
 use crate::range_lock::Mode;
 use crate::reserve::Reservation;
@@ -122,8 +123,16 @@ pub(crate) async fn write_slice(core: &Arc<Core>, io: &Io, file: &File, at: At, 
 /// device before it returns, and an error of that is its answer.
 async fn fall_back(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> Result<u64> {
     file.check_writable()?;
-    let (guard, _) = coherence::lock_direct(core, io, file.inner(), at, data.len() as u64).await?;
-    drop(guard);
+    let (guard, offset) = coherence::lock_direct(core, io, file.inner(), at, data.len() as u64).await?;
+    if broken(Mutation::FallbackKeepsLock) {
+        std::mem::forget(guard);
+    } else {
+        drop(guard);
+    }
+    reached(Point::FellBack);
+    if let (true, Some(pages)) = (broken(Mutation::FallbackClearsDirty), file.inner().pages_if_any()) {
+        pages.discard(file.inner(), &blocks_of(offset, data.len() as u64));
+    }
     let offset = write(core, io, file, at, data).await?;
     writeback::range(core, io, file.inner(), blocks_of(offset, data.len() as u64)).await?;
     Ok(offset)
@@ -144,6 +153,7 @@ async fn write(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> R
     let mut flushed = false;
     let offset = loop {
         let (guard, offset) = lock_range(inner, at, data.len() as u64, false).await?;
+        let guard = (!broken(Mutation::UnlockBeforeDirty)).then_some(guard);
         if data.is_empty() {
             break offset;
         }
@@ -161,6 +171,10 @@ async fn write(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> R
             }
         }
     };
+    if broken(Mutation::UnlockBeforeGrowth) {
+        reached(Point::Unlocked);
+        inner.map.grow(offset + data.len() as u64);
+    }
     writeback::throttle(core, io).await;
     Ok(offset)
 }
@@ -171,6 +185,7 @@ async fn accept(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, d
     let blocks = blocks_of(offset, data.len() as u64);
     let mut bases = edges(core, io, file, offset, data.len() as u64).await?;
     let mut reservation = Reservation::take(core, io, file, pages.not_dirty(&blocks)).await?;
+    reached(Point::Reserved);
     let mut result = Ok(());
     for chunk in chunks(&blocks) {
         let end = (chunk.end << BLOCK_SHIFT).min(offset + data.len() as u64);
@@ -178,7 +193,9 @@ async fn accept(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, d
         if result.is_err() {
             break;
         }
-        file.map.grow(end);
+        if !broken(Mutation::UnlockBeforeGrowth) {
+            file.map.grow(end);
+        }
         file.inode.lock().touch();
         if chunk.end < blocks.end && writeback::is_too_much(core) {
             // A long write must not fill memory: what is done of it goes to the device, under the lock that it holds.
@@ -189,7 +206,10 @@ async fn accept(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, d
             break;
         }
     }
-    reservation.give_back();
+    match result.is_err() && broken(Mutation::ErrorKeepsReservation) {
+        false => reservation.give_back(),
+        true => reservation.settled(),
+    }
     core.pages.shrink();
     result
 }
@@ -308,9 +328,14 @@ pub(crate) async fn read(
     }
     let blocks = blocks_of(offset, most);
     let guard = file.lock.lock(blocks.start << BLOCK_SHIFT..blocks.end << BLOCK_SHIFT, Mode::Shared).await;
+    let guard = (!broken(Mutation::FillUnlocked)).then_some(guard);
     let len = there(file, most) as usize;
     let result = copy_out(core, io, file, handle, offset, &mut out[..len]).await;
-    drop(guard);
+    if len < out.len() && broken(Mutation::ShortReadKeepsLock) {
+        std::mem::forget(guard);
+    } else {
+        drop(guard);
+    }
     result?;
     if let Some(handle) = handle {
         read_ahead(core, io, handle, offset, offset + len as u64).await;

@@ -37,7 +37,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use crossbeam_utils::Backoff;
 
-use crate::extent_map::{Mutation, broken, prefetch_read};
+use crate::extent_map::prefetch_read;
+use crate::mutation::{Mutation, broken};
 use crate::types::BlockAddr;
 
 /// Blocks of a chunk.

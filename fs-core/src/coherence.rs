@@ -26,6 +26,7 @@ use crate::channel::io::Io;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_BLOCKS_MAX, FILE_SIZE_MAX, FileInner};
+use crate::mutation::{Mutation, broken};
 use crate::page_cache::UNIT_BLOCKS;
 use crate::range_lock::{Mode, RangeGuard};
 use crate::types::{BLOCK_SHIFT, FileBlock};
@@ -91,10 +92,14 @@ pub(crate) async fn lock_direct(
     len: u64,
 ) -> Result<(RangeGuard, u64)> {
     let mut round = 0;
+    let early = broken(Mutation::PagesBeforeLock);
     loop {
+        if let (true, At::Offset(offset)) = (early, at) {
+            drop_pages(file, &(offset..offset + len), Pages::WriteBackAndDrop);
+        }
         let (guard, offset) = lock_range(file, at, len, round >= ROUNDS).await?;
         let range = offset..offset + len;
-        if len == 0 {
+        if len == 0 || early {
             return Ok((guard, offset));
         }
         let cleared = clear(core, io, &[(file, range)], Pages::WriteBackAndDrop, guard, &mut round).await?;
@@ -164,7 +169,7 @@ async fn clear<G>(
 ) -> Result<Option<G>> {
     for (file, range) in wanted {
         let blocks = blocks_of(range);
-        if file.ordered.overlaps(&blocks) {
+        if file.ordered.overlaps(&blocks) && !broken(Mutation::NoLookForOrdered) {
             drop(guards);
             file.ordered.wait(blocks).await;
             return Ok(None);

@@ -19,6 +19,7 @@ use crate::channel::operation::{OpenFlags, Stat};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::extent_map::ExtentMap;
+use crate::mutation::{Mutation, broken};
 use crate::ordered::{NO_BOUND, OrderedList};
 use crate::page_cache::{FilePages, PageCache, Priority, ReadAhead};
 use crate::range_lock::RangeLock;
@@ -147,7 +148,8 @@ impl FileInner {
     pub(crate) fn disk_size(&self) -> (u64, bool) {
         let finished = self.finished.load(Ordering::Relaxed);
         let by_pages = self.pages_if_any().map_or(NO_BOUND, |pages| pages.bound());
-        let size = finished.min(self.ordered.bound()).min(by_pages);
+        let by_ordered = if broken(Mutation::SizeCoversUnfinished) { NO_BOUND } else { self.ordered.bound() };
+        let size = finished.min(by_ordered).min(by_pages);
         (size, size < finished)
     }
 

@@ -85,6 +85,12 @@ mod error;
 #[allow(unreachable_pub, reason = "some of the types are public, the others have the same form")]
 mod types;
 mod sync;
+mod mutation;
+// Tests from outside, which run inside too.
+#[cfg(test)]
+extern crate self as fs_core;
+#[cfg(test)]
+mod races;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;

@@ -10,6 +10,7 @@ use crate::core::Core;
 use crate::error::Result;
 use crate::file;
 use crate::file::FileInner;
+use crate::mutation::{Mutation, Point, broken, reached};
 use crate::pieces::{self, Piece};
 use crate::records::{checksums, extents};
 use crate::txn::{Stop, transact};
@@ -21,17 +22,27 @@ const BATCH: usize = 128;
 /// Loads the extents around `at` into the map of `file`.
 pub(crate) async fn extents(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, at: FileBlock) -> Result<()> {
     let end_of_file = FileBlock(file::FILE_BLOCKS_MAX);
-    transact(core, io, |t| {
+    let late = transact(core, io, |t| {
         let ticket = file.map.load_ticket();
         let found = extents::overlapping(t, file.id, at, end_of_file, BATCH)?;
         let end = match found.last() {
             Some(last) if found.len() == BATCH => last.end(),
             _ => end_of_file,
         };
+        if broken(Mutation::LoadInTwoSteps) || broken(Mutation::TicketAfterTheTree) {
+            return Ok(Some((ticket, end, found)));
+        }
         // Still under the metadata lock: the blocks whose checksums go to the cache cannot be given to others meanwhile.
-        pieces::load(&file.map, ticket, at, end, &found, &core.checksums).map_err(Stop::Fail)
+        pieces::load(&file.map, ticket, at, end, &found, &core.checksums).map_err(Stop::Fail)?;
+        Ok(None)
     })
-    .await
+    .await?;
+    let Some((mut ticket, end, found)) = late else { return Ok(()) };
+    reached(Point::TreeRead);
+    if broken(Mutation::TicketAfterTheTree) {
+        ticket = file.map.load_ticket();
+    }
+    pieces::load(&file.map, ticket, at, end, &found, &core.checksums)
 }
 
 /// The stored checksums of `piece`, which are put into the cache.

@@ -43,6 +43,7 @@ use smallvec::SmallVec;
 
 use crate::core::Core;
 use crate::file::FileInner;
+use crate::mutation::{Mutation, broken};
 use crate::types::{FileBlock, Run};
 
 /// Runs as an allocation yields them.
@@ -248,7 +249,7 @@ impl Drop for Ordered {
     fn drop(&mut self) {
         let mut promised = self.promised.iter().peekable();
         self.runs.retain(|run| promised.next_if(|promised| *promised == run).is_none());
-        if !self.runs.is_empty() {
+        if !self.runs.is_empty() && !broken(Mutation::ErrorKeepsBlocks) {
             let file = self.slot.as_ref().map(|slot| &*slot.file);
             self.core.give_back(file, &self.runs, self.reserved);
         }

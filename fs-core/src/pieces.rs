@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::extent_map::{
     BlockEnd, BlockRange, Entry, ExtentMap, LoadTicket, Mapping, NewExtent, PublishWrite, View,
 };
+use crate::mutation::{Mutation, broken};
 use crate::records::extents::{Content, Extent, Kind, Span};
 use crate::types::{BlockAddr, FileBlock};
 
@@ -123,7 +124,8 @@ pub(crate) fn publish(
     holes: &[Span],
     size: Option<u64>,
 ) -> Published {
-    for extent in extents.iter().filter(|extent| extent.checksum.is_some()) {
+    let own = |extent: &&Extent| extent.checksum.is_some() && !broken(Mutation::SumsOutliveTheirBlocks);
+    for extent in extents.iter().filter(own) {
         checksums.remove(extent.addr, 1);
     }
     let mut extents = to_map(extents);

@@ -21,7 +21,9 @@ use crate::extent_map::{BlockEnd, BlockRange, View};
 use crate::file::FileInner;
 use crate::inline::{self, Inlined};
 use crate::load;
+use crate::mutation::{Mutation, Point, broken, reached};
 use crate::pieces::{self, Missing, Piece, Pieces};
+use crate::range_lock::Mode;
 use crate::superblock::checksum32;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, Generation};
 
@@ -37,13 +39,18 @@ struct Hold<'a> {
 impl<'a> Hold<'a> {
     fn take(core: &Core, io: &'a Io) -> Hold<'a> {
         let generation = io.holds.lock().acquire(core.open_generation(), 1);
+        if broken(Mutation::ReadWithoutHold) {
+            io.holds.lock().release(generation, 1);
+        }
         Hold { io, generation }
     }
 }
 
 impl Drop for Hold<'_> {
     fn drop(&mut self) {
-        self.io.holds.lock().release(self.generation, 1);
+        if !broken(Mutation::ReadWithoutHold) {
+            self.io.holds.lock().release(self.generation, 1);
+        }
     }
 }
 
@@ -85,6 +92,7 @@ async fn snapshot<'a>(
             let (from, to) = (FileBlock::containing(offset), FileBlock::at_or_after(end));
             let collected = pieces::collect(&view, from, to, None);
             if by == By::Direct {
+                reached(Point::ViewTaken);
                 match newer(file, &view, from, to) {
                     Newer::Nothing => {}
                     Newer::Pages => return Ok(None),
@@ -122,10 +130,15 @@ enum Newer {
 /// clean, so pages that are not seen here are in the view, or the view is not the current one.
 fn newer(file: &FileInner, view: &View<'_>, from: FileBlock, to: FileBlock) -> Newer {
     let Some(pages) = file.pages_if_any() else { return Newer::Nothing };
+    if broken(Mutation::ReadPastPages) {
+        return Newer::Nothing;
+    }
     if pages.is_busy() && pages.busy_in(&(from.0..to.0)) {
         return Newer::Pages;
     }
-    match file.map.is_current_in(view, BlockRange::between(from, BlockEnd(to.0))) {
+    match broken(Mutation::ViewBeforePages)
+        || file.map.is_current_in(view, BlockRange::between(from, BlockEnd(to.0)))
+    {
         true => Newer::Nothing,
         false => Newer::View,
     }
@@ -147,6 +160,9 @@ pub(crate) async fn read_blocks_direct(
         Err(error) => return (Err(error), bufs),
     };
     let there = (snapshot.size.saturating_sub(offset)).min(len) as usize;
+    if (there as u64) < len && broken(Mutation::ShortReadKeepsHold) {
+        std::mem::forget(Hold::take(core, io));
+    }
     let rest = bufs.split_off(there.div_ceil(BLOCK_SIZE) << BLOCK_SHIFT);
     let at = FileBlock::containing(offset);
     let (result, mut bufs) = fill(core, io, file, &snapshot.pieces, at, bufs).await;
@@ -296,6 +312,10 @@ async fn finish(
         return (Ok(()), bufs);
     }
     core.stats.repeated_read();
+    let _guard = match broken(Mutation::RetryLocks) {
+        false => None,
+        true => Some(file.lock.lock(piece.at.byte()..piece.end().byte(), Mode::Shared).await),
+    };
     let (result, bufs) = io.call(Request::read(core.locate(piece.addr), bufs, 0)).await;
     let outcome = result
         .map_err(|e| Error::io(format!("reading {:?} at byte {}", file.id, piece.at.byte()), e))

@@ -15,6 +15,7 @@ use crate::coherence::{self, Pages};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_BLOCKS_MAX, FILE_SIZE_MAX, File, FileInner};
+use crate::mutation::{Mutation, Point, broken, reached};
 use crate::records::extents::{Content, Extent, Replacement};
 use crate::records::orphans::{self, Work};
 use crate::records::{extents, inodes};
@@ -73,7 +74,9 @@ pub(crate) async fn truncate_inner(
         if let Tail::Stored(stored) = &tail {
             t.published(stored.ordered());
         }
-        pieces::forget_from(&file.map, kept);
+        if !broken(Mutation::TruncateWithoutInvalidate) {
+            pieces::forget_from(&file.map, kept);
+        }
         // A file that has lost its name is listed already, for more than this.
         if more && !file.unlinked.load(Ordering::Relaxed) {
             orphans::put(t, file.id, Work::Truncate)?;
@@ -92,8 +95,10 @@ pub(crate) async fn truncate_inner(
     if let Tail::Stored(stored) = tail {
         stored.finish();
     }
-    if more {
-        while drop_step(core, io, file.id, Some(file), kept, Work::Truncate).await? {}
+    let mut more = more;
+    while more {
+        reached(Point::TruncateStep);
+        more = drop_step(core, io, file.id, Some(file), kept, Work::Truncate).await?;
     }
     Ok(())
 }
@@ -193,7 +198,9 @@ async fn drop_step(
         t.ready(plan.len() + 2)?;
         plan.apply(t)?;
         if let Some(file) = file {
-            pieces::forget_from(&file.map, kept);
+            if !broken(Mutation::TruncateWithoutInvalidate) {
+                pieces::forget_from(&file.map, kept);
+            }
             t.change_inode(file, |inode| {
                 inode.extents = inode.extents.wrapping_add_signed(plan.extents);
                 inode.blocks = inode.blocks.wrapping_add_signed(plan.blocks);

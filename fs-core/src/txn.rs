@@ -29,6 +29,7 @@ use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::FileInner;
 use crate::ordered::{Ordered, Runs, Slot};
+use crate::mutation::{Mutation, broken};
 use crate::records::inodes::Inode;
 use crate::records::{TreeKind, space};
 use crate::reserve::{PAGES_PER_NODE, Reserved};
@@ -765,7 +766,8 @@ impl Meta {
     /// Drops a file from memory when it has neither handles nor unstored changes. Who asks may be late: the file may have been
     /// dropped and opened again since, and the object of today is not his.
     pub(crate) fn forget_if_unused(&mut self, file: &Arc<FileInner>) {
-        let known = self.open.get(&file.id).is_some_and(|known| Arc::ptr_eq(known, file));
+        let same = |known: &Arc<FileInner>| Arc::ptr_eq(known, file) || broken(Mutation::ForgetByNumber);
+        let known = self.open.get(&file.id).is_some_and(same);
         let unused = known
             && file.handles.load(Ordering::Acquire) == 0
             && !file.dirty.load(Ordering::Relaxed)

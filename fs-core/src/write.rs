@@ -26,6 +26,7 @@ use crate::coherence::lock_direct;
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{File, FileInner};
+use crate::mutation::{Mutation, broken};
 use crate::ordered::Ordered;
 use crate::publish::{Change, publish};
 use crate::range_lock::RangeGuard;
@@ -215,7 +216,13 @@ async fn lock_and_place(
                 // Their errors are noted with their files.
                 let _ = writeback::all(core, io).await;
             }
-            place => return Ok((guard, offset, place?)),
+            place => {
+                let place = place?;
+                if broken(Mutation::SizeBeforeData) {
+                    file.map.grow(offset + data.len() as u64);
+                }
+                return Ok((guard, offset, place));
+            }
         }
     }
 }

@@ -34,6 +34,7 @@ use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_BLOCKS_MAX, FileInner};
 use crate::inline;
+use crate::mutation::{Point, reached};
 use crate::ordered::Slot;
 use crate::page_cache::{Batch, FilePages, Page, UNIT_BLOCKS};
 use crate::publish::{Change, publish};
@@ -219,6 +220,7 @@ async fn pass(
     pass.run(blocks, budget).await;
     drop(turn);
     if !pages.is_busy() {
+        reached(Point::PassOver);
         // It may have been in memory for this only.
         core.forget_if_unused(file);
     }

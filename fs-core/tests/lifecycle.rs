@@ -400,39 +400,3 @@ fn channels_left_alone_do_not_stop_the_others() {
 fn file_of(channel: &Channel) -> File {
     channel.open("a", OpenFlags::READ_ONLY).unwrap()
 }
-
-/// Blocks are used again: first as runs whose checksums are kept apart, then one by one, with the checksum in the record of each.
-/// When such records are loaded and merged, what the cache still has of the first use must not be believed.
-#[test]
-fn checksums_of_an_earlier_use_of_blocks_are_not_believed() {
-    let _watchdog = Watchdog::start("earlier use", 0, 60);
-    let device = TestDevice::new(16 * MIB);
-    let fs = fresh(&device.device, &quiet());
-    let channel = fs.channel().unwrap();
-    let len = BLOCK as usize;
-    // All blocks, in pairs.
-    let file = channel.open("before", OpenFlags::CREATE).unwrap();
-    let mut offset = 0;
-    while channel.write(&file, offset, &pattern(offset, 2 * len)).is_ok() {
-        offset += 2 * BLOCK;
-    }
-    assert!(offset > 10 * MIB);
-    drop(file);
-    channel.sync().unwrap();
-    channel.delete("before").unwrap();
-    channel.sync().unwrap();
-    // One by one. The file leaves memory each time, so no mapping meets the one before it.
-    for block in 0..200 {
-        let file = channel.open("after", OpenFlags::CREATE).unwrap();
-        channel.write(&file, block * BLOCK, &pattern(block, len)).unwrap();
-        drop(file);
-        channel.sync().unwrap();
-    }
-    let file = channel.open("after", OpenFlags::READ_ONLY).unwrap();
-    let extents = channel.extents(&file, 0, u64::MAX).collect::<Result<Vec<_>, _>>().unwrap();
-    assert!(extents.len() < 150, "hardly two of the blocks follow each other: {}", extents.len());
-    for block in 0..200 {
-        assert!(holds(&channel, &file, block * BLOCK, block, len), "zeroes in block {block}");
-    }
-    check(&fs, &channel);
-}

@@ -11,7 +11,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use super::*;
-use crate::extent_map::with_broken;
+use crate::mutation::with_broken;
 
 fn seeds(count: u64) -> std::ops::Range<u64> {
     match std::env::var("GAUR_SEED").ok().and_then(|seed| seed.parse().ok()) {

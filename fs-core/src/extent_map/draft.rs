@@ -16,7 +16,7 @@
 
 use super::mapping::{BlockRange, Cell, MAX_FILE_BLOCKS, Value};
 use super::mem::{NodeRef, Nodes, Reach};
-use super::mutation::{Mutation, broken};
+use crate::mutation::{Mutation, broken};
 use super::node::{Cells, Piece, SEGMENT_BLOCKS};
 use super::tree::{Splice, walk};
 use super::view::{Segment, Segments, ViewData, find, segment_of, start_of};

@@ -12,7 +12,7 @@
 use smallvec::SmallVec;
 
 use super::mapping::{BlockEnd, BlockRange};
-use super::mutation::{Mutation, broken};
+use crate::mutation::{Mutation, broken};
 
 /// Events that a ticket outlives for certain.
 pub(super) const REACH: u64 = 1024;

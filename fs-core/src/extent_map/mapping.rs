@@ -354,7 +354,7 @@ impl Value {
     pub(super) fn advanced(self, n: u64) -> Value {
         if n == 0
             || !self.has_address()
-            || super::mutation::broken(super::mutation::Mutation::SplitKeepsAddress)
+            || crate::mutation::broken(crate::mutation::Mutation::SplitKeepsAddress)
         {
             return self;
         }
@@ -367,7 +367,7 @@ impl Value {
     /// Whether `next`, which starts `len` blocks after the start of `self`, continues it: one entry could hold both.
     /// A pinned entry continues nothing and is continued by nothing.
     pub(super) fn is_continued_by(self, len: u64, next: Value) -> bool {
-        use super::mutation::{Mutation, broken};
+        use crate::mutation::{Mutation, broken};
         if (self.is_pinned() || next.is_pinned()) && !broken(Mutation::MergePinned) {
             return false;
         }

@@ -23,7 +23,7 @@ use crossbeam_epoch::{Atomic, Guard, Owned};
 
 use super::arena;
 use super::cpu::prefetch;
-use super::mutation::{Mutation, broken};
+use crate::mutation::{Mutation, broken};
 use super::node::{Directory, Group, Inner, InnerGroup, LINE, Leaf, LeafGroup, MAX_GROUPS};
 
 /// Keeps what a reader has reached alive. Costs some 6 ns; never hold one across an I/O: reclamation waits for it.

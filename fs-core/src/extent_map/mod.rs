@@ -54,7 +54,6 @@ mod draft;
 mod history;
 mod mapping;
 mod mem;
-mod mutation;
 mod node;
 mod tree;
 mod view;
@@ -76,11 +75,9 @@ pub use self::mapping::{BlockEnd, BlockRange, Entry, MAX_FILE_BLOCKS, Mapping, N
 use self::mapping::{State, Value};
 pub use self::mem::{EpochGuard, pin};
 use self::mem::{Nodes, Published};
-#[cfg(test)]
-pub(crate) use self::mutation::with_broken;
-pub(crate) use self::mutation::{Mutation, broken};
 pub use self::view::{FileVersion, LOOKUP_LANES, MapStats, View};
 use self::view::{Segment, Segments, ViewData};
+use crate::mutation::{Mutation, broken};
 use crate::types::FileBlock;
 
 /// The extent map of one file.
@@ -242,7 +239,11 @@ impl ExtentMap {
     pub fn truncate(&self, size: u64) -> FileVersion {
         self.change(|draft, history| {
             if size < draft.view.size {
-                let rest = BlockRange::from(FileBlock::at_or_after(size));
+                let rest = match broken(Mutation::TruncateDropsCutBlock) {
+                    false => FileBlock::at_or_after(size),
+                    true => FileBlock::containing(size),
+                };
+                let rest = BlockRange::from(rest);
                 draft.replace(rest, (Value::HOLE, 0), &mut |_, _| {});
                 history.record(rest);
             }

@@ -29,6 +29,8 @@ pub(crate) enum Keep {
     Nothing,
     Reads,
     Writes,
+    /// What is kept stays so; the rest goes on.
+    NothingMore,
 }
 
 /// See the module documentation.

@@ -8,6 +8,7 @@ mod threads;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::*;
+use crate::mutation::with_broken;
 use crate::types::{BLOCK_SIZE, BlockAddr};
 
 /// Data of `len` blocks from `block` at `addr`.

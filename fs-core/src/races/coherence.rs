@@ -1,116 +1,23 @@
-//! The races between the page cache and what goes past it, each as one interleaving that is the same every time: two channels, driven by
-//! hand, and a device that keeps answers back until it is told to let them go.
-//!
-//! Each test says which rule it guards. With the rule broken it fails; `docs/architecture.md` has the list.
+//! The races between the page cache and what goes past it.
 
-mod common;
-
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
 
 use bdev_adapter::mem::MemDevice;
-use bdev_adapter::wrap::fault::{Effect, Fault, FaultDevice, FaultPlan, Target, When};
-use bdev_adapter::{Device, DmaBuf, IoErrorKind};
-use common::gate::{GateDevice, Keep};
-use common::{BLOCK, MIB, Watchdog, check, fresh, mount, pattern, quiet};
-use fs_core::{Accounting, Channel, Error, File, Filesystem, MountOptions, OpenFlags};
+use bdev_adapter::wrap::fault::{Effect, Fault, FaultPlan, Target, When};
+use bdev_adapter::{Device, IoErrorKind};
+use fs_core::{Error, OpenFlags};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-const ONE: usize = BLOCK as usize;
-
-/// A mount on a gate, with two channels and a file of 16 blocks that is open in both ways. Nothing of it is cached.
-struct Scene {
-    memory: Arc<MemDevice>,
-    fault: Arc<FaultDevice>,
-    gate: Arc<GateDevice>,
-    fs: Filesystem,
-    a: Channel,
-    b: Channel,
-    buffered: File,
-    direct: File,
-    _watchdog: Watchdog,
-}
-
-type Run<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
-
-impl Scene {
-    fn new(test: &str, options: &MountOptions) -> Scene {
-        let _watchdog = Watchdog::start(test, 0, 60);
-        let memory = MemDevice::new(32 * MIB, 4096).expect("a device");
-        let fault = FaultDevice::wrap(memory.clone(), FaultPlan::default());
-        let gate = GateDevice::wrap(fault.clone());
-        let fs = fresh(&(gate.clone() as Arc<dyn Device>), options);
-        let (a, b) = (fs.channel().expect("channel"), fs.channel().expect("channel"));
-        let direct = a.open("f", OpenFlags::CREATE).expect("open");
-        a.write(&direct, 0, &pattern(0, 16 * ONE)).expect("write");
-        a.sync().expect("sync");
-        let buffered = a.open("f", OpenFlags::BUFFERED).expect("open");
-        Scene { memory, fault, gate, fs, a, b, buffered, direct, _watchdog }
-    }
-
-    fn buffer(&self, channel: &Channel, data: &[u8]) -> DmaBuf {
-        let mut buf = channel.buffer(data.len()).expect("buffer");
-        buf.copy_from_slice(data);
-        buf
-    }
-
-    fn write<'a>(
-        &self,
-        channel: &'a Channel,
-        file: &File,
-        offset: u64,
-        data: &[u8],
-    ) -> Run<'a, Result<(), Error>> {
-        let write = channel.write_async(file, offset, self.buffer(channel, data));
-        Box::pin(async move { write.await.0 })
-    }
-
-    fn read<'a>(&self, channel: &'a Channel, file: &File, offset: u64, len: usize) -> Run<'a, Vec<u8>> {
-        let read = channel.read_async(file, offset, channel.buffer(len).expect("buffer"));
-        Box::pin(async move {
-            let (result, buf) = read.await;
-            buf[..result.expect("read")].to_vec()
-        })
-    }
-
-    /// What a new buffered read, and a direct one, find.
-    #[track_caller]
-    fn finds(&self, offset: u64, expected: &[u8], what: &str) {
-        for file in [&self.buffered, &self.direct] {
-            let mut found = vec![0; expected.len()];
-            assert_eq!(self.a.read(file, offset, &mut found).expect("read"), expected.len());
-            assert!(found == expected, "{what} (buffered: {})", file.is_buffered());
-        }
-    }
-
-    /// Ends well: nothing is on its way, and all is in order.
-    fn end(self) {
-        self.gate.keep(Keep::Nothing);
-        self.a.sync().expect("sync");
-        assert_eq!(self.direct.accounting(), Accounting::default());
-        check(&self.fs, &self.a);
-    }
-}
-
-/// Polls `run` often enough for everything that can go on without others.
-fn step<T>(run: &mut Run<'_, T>) -> Option<T> {
-    let mut cx = Context::from_waker(Waker::noop());
-    for _ in 0..200 {
-        if let Poll::Ready(value) = run.as_mut().poll(&mut cx) {
-            return Some(value);
-        }
-    }
-    None
-}
+use super::common::gate::Keep;
+use super::common::{self, BLOCK, check, mount, pattern, quiet};
+use super::scene::{ONE, Run, Scene, step};
 
 /// Rule 3, fills: a page that was found missing is brought in under the lock that it was looked up with. A fill that holds nothing puts
 /// what it read into the cache after a direct write has replaced it, and it is read from there ever after.
 #[test]
-fn a_direct_write_waits_for_a_fill_and_drops_its_page() {
-    let scene = Scene::new("a_direct_write_waits_for_a_fill", &quiet());
+pub(super) fn a_direct_write_waits_for_a_fill_and_drops_its_page() {
+    let scene = Scene::new("a_direct_write_waits_for_a_fill");
     scene.gate.keep(Keep::Reads);
     let mut fill = scene.read(&scene.a, &scene.buffered, 0, ONE);
     assert!(step(&mut fill).is_none(), "the device has not answered");
@@ -130,8 +37,8 @@ fn a_direct_write_waits_for_a_fill_and_drops_its_page() {
 /// Rule 3, direct writes: pages are looked for once the lock is held. This write waits for the lock while a page comes in that
 /// was not there when it began.
 #[test]
-fn a_direct_write_looks_for_pages_once_it_holds_the_range() {
-    let scene = Scene::new("a_direct_write_looks_for_pages", &quiet());
+pub(super) fn a_direct_write_looks_for_pages_once_it_holds_the_range() {
+    let scene = Scene::new("a_direct_write_looks_for_pages");
     // Somebody else fills block 1, and holds blocks 0 and 1 meanwhile; block 0 is here already.
     scene.gate.keep(Keep::Reads);
     let mut fill = scene.read(&scene.a, &scene.buffered, 0, 2 * ONE);
@@ -149,8 +56,8 @@ fn a_direct_write_looks_for_pages_once_it_holds_the_range() {
 /// Rule 2: a buffered write holds its range from before it reads edges until its pages are dirty. If it let go in between, a direct
 /// write would be lost under the edge that was read before it.
 #[test]
-fn a_buffered_write_holds_its_range_until_its_pages_are_dirty() {
-    let scene = Scene::new("a_buffered_write_holds_its_range", &quiet());
+pub(super) fn a_buffered_write_holds_its_range_until_its_pages_are_dirty() {
+    let scene = Scene::new("a_buffered_write_holds_its_range");
     scene.gate.keep(Keep::Reads);
     let mut part = scene.write(&scene.a, &scene.buffered, 100, b"part");
     assert!(step(&mut part).is_none(), "its edge is being read");
@@ -169,8 +76,8 @@ fn a_buffered_write_holds_its_range_until_its_pages_are_dirty() {
 /// Buffered reads: the view is taken after a page was found missing. This reader waits for its lock while a page gets dirty, is
 /// written back and evicted: a view from before that knows the old block only.
 #[test]
-fn a_fill_takes_its_view_after_the_page_was_found_missing() {
-    let scene = Scene::new("a_fill_takes_its_view_late", &quiet());
+pub(super) fn a_fill_takes_its_view_after_the_page_was_found_missing() {
+    let scene = Scene::new("a_fill_takes_its_view_late");
     scene.gate.keep(Keep::Reads);
     // It writes block 0 and a part of block 1, whose rest it has to read: so it holds both.
     let mut write = scene.write(&scene.a, &scene.buffered, 0, &pattern(1, ONE + 10));
@@ -181,8 +88,8 @@ fn a_fill_takes_its_view_after_the_page_was_found_missing() {
     step(&mut write).expect("answered").expect("write");
     // The reader has the range now, and has not looked. Shared, as write-back needs it too.
     scene.a.sync_file(&scene.direct).expect("sync");
-    scene.fs.set_cache_bytes(0);
-    assert_eq!(scene.fs.stats().page_cache_bytes, 0);
+    scene.fs().set_cache_bytes(0);
+    assert_eq!(scene.fs().stats().page_cache_bytes, 0);
     assert_eq!(step(&mut read).expect("free"), pattern(1, ONE), "a read went to a block of the past");
     drop((read, write));
     scene.end();
@@ -191,8 +98,8 @@ fn a_fill_takes_its_view_after_the_page_was_found_missing() {
 /// The same for a direct read: it looks for newer pages, and then whether its view is still the current one. Here a view is
 /// old by the time that its extents are loaded.
 #[test]
-fn a_direct_read_sees_pages_in_every_state() {
-    let scene = Scene::new("a_direct_read_sees_pages", &quiet());
+pub(super) fn a_direct_read_sees_pages_in_every_state() {
+    let scene = Scene::new("a_direct_read_sees_pages");
     scene.a.write(&scene.buffered, 0, &pattern(1, ONE)).expect("write");
     scene.finds(0, &pattern(1, ONE), "dirty");
     // In flight: the device has not answered the write.
@@ -220,8 +127,8 @@ fn a_direct_read_sees_pages_in_every_state() {
 /// Rule 3, size on disk: of two direct appends the second is finished and the first is not. A commit must not store a size
 /// that covers the first; a sync of the file must wait for it.
 #[test]
-fn a_commit_stores_no_size_that_covers_an_unfinished_write() {
-    let scene = Scene::new("a_commit_stores_no_size", &quiet());
+pub(super) fn a_commit_stores_no_size_that_covers_an_unfinished_write() {
+    let scene = Scene::new("a_commit_stores_no_size");
     let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
     scene.gate.keep(Keep::Writes);
     let mut first = scene.write(&scene.a, &scene.direct, 16 * BLOCK, &pattern(1, 16 * ONE));
@@ -262,8 +169,8 @@ fn a_commit_stores_no_size_that_covers_an_unfinished_write() {
 
 /// The first of two appends fails: the second, which a commit could not cover until then, must become durable all the same.
 #[test]
-fn a_failed_write_does_not_hold_the_size_back_for_ever() {
-    let scene = Scene::new("a_failed_write_does_not_hold", &quiet());
+pub(super) fn a_failed_write_does_not_hold_the_size_back_for_ever() {
+    let scene = Scene::new("a_failed_write_does_not_hold");
     let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
     let eio = Effect::Error(IoErrorKind::Os(5));
     scene.gate.keep(Keep::Writes);
@@ -294,8 +201,8 @@ fn a_failed_write_does_not_hold_the_size_back_for_ever() {
 
 /// A truncate waits for what is in flight beyond the new end, and drops what is dirty there.
 #[test]
-fn a_truncate_waits_for_flights_and_discards_what_is_dirty() {
-    let scene = Scene::new("a_truncate_waits", &quiet());
+pub(super) fn a_truncate_waits_for_flights_and_discards_what_is_dirty() {
+    let scene = Scene::new("a_truncate_waits");
     scene.a.write(&scene.buffered, 0, &pattern(1, 16 * ONE)).expect("write");
     scene.gate.keep(Keep::Writes);
     let mut sync: Run<'_, _> = Box::pin(scene.a.sync_file_async(&scene.direct));
@@ -318,13 +225,13 @@ fn a_truncate_waits_for_flights_and_discards_what_is_dirty() {
 /// Buffered writes inside units of 64 KiB, some of which get to the device before others, and crashes at any moment: each unit is as it
 /// was after some write to it, whole, and not older than its last sync.
 #[test]
-fn a_unit_is_whole_after_a_crash() {
+pub(super) fn a_unit_is_whole_after_a_crash() {
     const UNIT: u64 = 16 * BLOCK;
     const UNITS: u64 = 12;
     let seed = common::seed("a_unit_is_whole");
     let mut rng = SmallRng::seed_from_u64(seed);
     for round in 0..6 {
-        let scene = Scene::new("a_unit_is_whole", &quiet());
+        let scene = Scene::new("a_unit_is_whole");
         let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
         let file = scene.a.open("units", OpenFlags::CREATE | OpenFlags::BUFFERED).expect("open");
         let old = vec![0; (UNITS * UNIT) as usize];
