@@ -56,7 +56,7 @@ pub(crate) enum Mutation {
     LoadInTwoSteps,
     /// The same, and the ticket is of the moment after the tree was read.
     TicketAfterTheTree,
-    /// Nothing is forgotten after a step of a truncate has changed the tree.
+    /// Nothing is forgotten after a later step of a long truncate has changed the tree.
     TruncateWithoutInvalidate,
 
     // ---- rule 2

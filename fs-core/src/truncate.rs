@@ -74,9 +74,7 @@ pub(crate) async fn truncate_inner(
         if let Tail::Stored(stored) = &tail {
             t.published(stored.ordered());
         }
-        if !broken(Mutation::TruncateWithoutInvalidate) {
-            pieces::forget_from(&file.map, kept);
-        }
+        pieces::forget_from(&file.map, kept);
         // A file that has lost its name is listed already, for more than this.
         if more && !file.unlinked.load(Ordering::Relaxed) {
             orphans::put(t, file.id, Work::Truncate)?;

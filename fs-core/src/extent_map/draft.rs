@@ -16,10 +16,10 @@
 
 use super::mapping::{BlockRange, Cell, MAX_FILE_BLOCKS, Value};
 use super::mem::{NodeRef, Nodes, Reach};
-use crate::mutation::{Mutation, broken};
 use super::node::{Cells, Piece, SEGMENT_BLOCKS};
 use super::tree::{Splice, walk};
 use super::view::{Segment, Segments, ViewData, find, segment_of, start_of};
+use crate::mutation::{Mutation, broken};
 use crate::types::{BlockAddr, FileBlock};
 
 /// Takes the checksum of a block whose entry can no longer carry it.

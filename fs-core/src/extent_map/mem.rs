@@ -23,8 +23,8 @@ use crossbeam_epoch::{Atomic, Guard, Owned};
 
 use super::arena;
 use super::cpu::prefetch;
-use crate::mutation::{Mutation, broken};
 use super::node::{Directory, Group, Inner, InnerGroup, LINE, Leaf, LeafGroup, MAX_GROUPS};
+use crate::mutation::{Mutation, broken};
 
 /// Keeps what a reader has reached alive. Costs some 6 ns; never hold one across an I/O: reclamation waits for it.
 #[derive(Debug)]

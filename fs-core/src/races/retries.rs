@@ -1,6 +1,6 @@
 //! Rule 5: a retry finds its block through the extent map, and the map keeps what is still valid.
 
-use bdev_adapter::wrap::fault::Target;
+use bdev_adapter::wrap::fault::{Target, When};
 
 use super::common::{BLOCK, pattern};
 use super::scene::{ONE, Scene, step};
@@ -10,9 +10,11 @@ use super::scene::{ONE, Scene, step};
 #[test]
 pub(super) fn a_retry_takes_no_lock() {
     let scene = Scene::new("a_retry_takes_no_lock");
-    scene.fail_next(Target::Reads);
+    scene.fail(Target::Reads, When::Nth(1));
     let mut write = scene.write(&scene.a, &scene.buffered, 100, b"part");
-    step(&mut write).expect("the retry waits for the lock of its own caller").expect("the second try is good");
+    step(&mut write)
+        .expect("the retry waits for the lock of its own caller")
+        .expect("the second try is good");
     let mut expected = pattern(0, ONE);
     expected[100..104].copy_from_slice(b"part");
     scene.finds(0, &expected, "after the retry");

@@ -69,10 +69,10 @@ impl Scene {
         self.direct.inner().map.evict(u64::MAX);
     }
 
-    /// The next request of this kind fails.
-    pub(super) fn fail_next(&self, target: Target) {
+    /// Requests fail from now on.
+    pub(super) fn fail(&self, target: Target, when: When) {
         let eio = Effect::Error(IoErrorKind::Os(5));
-        self.fault.set_plan(FaultPlan::new(1, vec![Fault::new(target, When::Nth(1), eio)]));
+        self.fault.set_plan(FaultPlan::new(1, vec![Fault::new(target, when, eio)]));
     }
 
     pub(super) fn buffer(&self, channel: &Channel, data: &[u8]) -> DmaBuf {
@@ -92,7 +92,13 @@ impl Scene {
         Box::pin(async move { write.await.0 })
     }
 
-    pub(super) fn read<'a>(&self, channel: &'a Channel, file: &File, offset: u64, len: usize) -> Run<'a, Vec<u8>> {
+    pub(super) fn read<'a>(
+        &self,
+        channel: &'a Channel,
+        file: &File,
+        offset: u64,
+        len: usize,
+    ) -> Run<'a, Vec<u8>> {
         let read = channel.read_async(file, offset, channel.buffer(len).expect("buffer"));
         Box::pin(async move {
             let (result, buf) = read.await;
