@@ -1,4 +1,17 @@
 //! The scenarios of btrfs's extent-map self-tests, and others that one can name. Unit: blocks (4 KiB).
+//!
+//! | scenario of btrfs | test |
+//! |---|---|
+//! | 1. two readers load the same extent | [`two_readers_load_the_same_extent`]; one of them a part of what has merged: [`a_loader_of_a_part_finds_the_whole`] |
+//! | 2. an inline extent is inserted again, with data behind it | [`an_inline_extent_is_inserted_again`] |
+//! | 3. a loader of [0, 16K) after a writer inserted [4K, 8K), asked left, right and far right of it | [`a_loader_comes_after_a_writer`] |
+//! | 4. a split beats the loader, asked before and behind the border | [`a_split_beats_the_loader`], [`a_border_beats_the_loader`] |
+//! | 5. drop of a front, a back, the middle, several whole extents | [`drop_splits_and_keeps_the_rest`] |
+//! | 6. insertion into a gap between neighbours that are not merged | [`insertion_into_a_gap_between_unmerged_neighbours`] |
+//! | 7. drop that skips pinned entries, and later splits | [`drop_skips_pinned_and_splits_behind`] |
+//! | 8. a compressed extent beside one that overlaps it | none: there is no compression yet, and an entry of that state cannot be made |
+//! | walk over a hole, an implicit hole, a preallocated and a half-written preallocated extent | [`walk_over_all_states`]; through the API: `a_walk_over_every_state` in `tests/space.rs` |
+//! | the reverse map of RAID stripes | none: there is one device |
 
 use super::*;
 
@@ -34,7 +47,22 @@ fn two_readers_load_the_same_extent() {
     assert_eq!(entries(&map, 0, 9), [(0, 8, at(100)), (8, 9, UNKNOWN)]);
 }
 
-/// btrfs case 2: an inline extent is loaded again.
+/// btrfs case 1, as it was: the extents of two writes have merged in the map, and a loader brings the record of the first of them. What is
+/// there stays one entry, and covers the query.
+#[test]
+fn a_loader_of_a_part_finds_the_whole() {
+    let map = ExtentMap::new_unloaded(1 << 20);
+    settle(&map, &[data(0, 4, 100), data(4, 1, 104)]);
+    for part in [data(0, 2, 100), data(0, 4, 100), data(4, 1, 104)] {
+        let range = part.range;
+        let outcome = load(&map, range, map.load_ticket(), &[part]);
+        assert_eq!(outcome, LoadOutcome { filled: 0, kept: range.len().0, refused: 0 });
+        assert_eq!(lookup(&map, range.start().0).range(), blocks(0, 5));
+    }
+    assert_eq!(entries(&map, 0, 6), [(0, 5, at(100)), (5, 6, UNKNOWN)]);
+}
+
+/// btrfs case 2: an inline extent is loaded again, before and after the block behind it.
 #[test]
 fn an_inline_extent_is_inserted_again() {
     let map = ExtentMap::new_unloaded(1000);
@@ -43,9 +71,12 @@ fn an_inline_extent_is_inserted_again() {
         assert_eq!(load(&map, blocks(0, 1), map.load_ticket(), &[inline]).filled, filled);
         assert_eq!(entries(&map, 0, 2), [(0, 1, Mapping::Inline), (1, 2, UNKNOWN)]);
     }
+    load(&map, blocks(1, 2), map.load_ticket(), &[data(1, 1, 900)]);
+    assert_eq!(load(&map, blocks(0, 1), map.load_ticket(), &[inline]).kept, 1);
+    assert_eq!(entries(&map, 0, 3), [(0, 1, Mapping::Inline), (1, 2, at(900)), (2, 3, UNKNOWN)]);
 }
 
-/// btrfs cases 3 and 4: a loader of [0, 16K) comes after a writer inserted [4K, 8K). Whatever it was asked for, left, right or
+/// btrfs case 3: a loader of [0, 16K) comes after a writer inserted [4K, 8K). Whatever it was asked for, left, right or
 /// far right of the writer's, it covers its query and leaves the writer's alone.
 #[test]
 fn a_loader_comes_after_a_writer() {
@@ -115,7 +146,7 @@ fn a_forgotten_ticket_is_refused() {
     assert!(map.memory_bytes() < 200_000);
 }
 
-/// btrfs case 5 and 6: an extent is split (a writer overwrites its middle) before the loader of the whole arrives.
+/// btrfs case 4: an extent is split (a writer overwrites its middle) before the loader of the whole arrives.
 #[test]
 fn a_split_beats_the_loader() {
     let map = ExtentMap::new_unloaded(1 << 20);
@@ -129,7 +160,28 @@ fn a_split_beats_the_loader() {
     assert_eq!(entries(&map, 0, 8), [(0, 3, at(100)), (3, 5, at(900)), (5, 8, at(105))]);
 }
 
-/// btrfs case 7: drop of the front, the back, the middle, and several whole extents.
+/// btrfs case 4, as it was: a direct write of preallocated space splits [0, 8) at block 2 and writes behind it, while a reader brings the
+/// whole from before. Whatever it was asked for, before or behind the border, it finds the side of it that is true now.
+#[test]
+fn a_border_beats_the_loader() {
+    let map = ExtentMap::new_unloaded(1 << 20);
+    load(&map, blocks(0, 8), map.load_ticket(), &[preallocated(0, 8, 100)]);
+    let ticket = map.load_ticket();
+    publish(&map, &[data(2, 6, 102)]);
+    for pinned in [true, false] {
+        let outcome = load(&map, blocks(0, 8), ticket, &[preallocated(0, 8, 100)]);
+        assert_eq!(outcome, LoadOutcome { filled: 0, kept: 8, refused: 0 });
+        for (query, range) in [(0, blocks(0, 2)), (1, blocks(0, 2)), (2, blocks(2, 8)), (7, blocks(2, 8))] {
+            assert_eq!(lookup(&map, query).range(), range);
+        }
+        let prealloc = Mapping::Preallocated { addr: BlockAddr(100) };
+        assert_eq!(entries(&map, 0, 8), [(0, 2, prealloc), (2, 8, at(102))]);
+        assert_eq!(lookup(&map, 5).is_pinned(), pinned);
+        map.unpin(&[data(2, 6, 102)], &mut no_sink);
+    }
+}
+
+/// btrfs case 5: drop of the front, the back, the middle, and several whole extents.
 #[test]
 fn drop_splits_and_keeps_the_rest() {
     let fresh = || {
@@ -154,7 +206,7 @@ fn drop_splits_and_keeps_the_rest() {
     assert_eq!(lookup(&map, MAX_FILE_BLOCKS - 1).mapping(), UNKNOWN);
 }
 
-/// btrfs case 8: insertion into a gap between neighbours that are not merged (one is pinned).
+/// btrfs case 6: insertion into a gap between neighbours that are not merged (one is pinned).
 #[test]
 fn insertion_into_a_gap_between_unmerged_neighbours() {
     let map = ExtentMap::new_unloaded(1 << 20);
@@ -167,7 +219,7 @@ fn insertion_into_a_gap_between_unmerged_neighbours() {
     assert_eq!(entries(&map, 0, 12), [(0, 12, at(100))]);
 }
 
-/// btrfs's drop that skips pinned entries and later splits.
+/// btrfs case 7: a drop that skips pinned entries and later splits.
 #[test]
 fn drop_skips_pinned_and_splits_behind() {
     let map = ExtentMap::new_empty();
