@@ -25,7 +25,6 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use bdev_adapter::{Hints, IoErrorKind, Request};
-use parking_lot::Mutex;
 use zerocopy::IntoBytes;
 
 use crate::alloc::Need;
@@ -37,6 +36,7 @@ use crate::recheck;
 use crate::records::orphans::{self, Work};
 use crate::records::{TreeKind, inodes, space};
 use crate::superblock::{OnDisk, slot_byte, slots_of};
+use crate::sync::Mutex;
 use crate::tree::Node;
 use crate::txn::{Stop, Txn, transact_in_commit};
 use crate::types::{BLOCK_SIZE, BlockAddr, FileBlock, Generation};

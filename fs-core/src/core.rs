@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bdev_adapter::{Claim, Device, IoErrorKind};
-use parking_lot::Mutex;
 
 use crate::channel::holds::Registry;
 use crate::channel::operation::StatFs;
@@ -18,6 +17,7 @@ use crate::mount::MountOptions;
 use crate::page_cache::PageCache;
 use crate::stats::{Counters, Stats};
 use crate::superblock::OnDisk;
+use crate::sync::{self, Mutex};
 use crate::txn::{Limits, Meta};
 use crate::types::{BLOCK_SIZE, BlockAddr, FileBlock, Generation, InodeId, Run};
 
@@ -373,7 +373,7 @@ impl Core {
                 return;
             }
             if driven.iter().all(|driven| *driven != Driven::Advanced) {
-                std::thread::sleep(DRAIN_NAP);
+                sync::pause(DRAIN_NAP);
             }
         }
     }

@@ -13,8 +13,6 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use parking_lot::Mutex;
-
 use crate::channel::operation::{OpenFlags, Stat};
 use crate::core::Core;
 use crate::error::{Error, Result};
@@ -25,6 +23,7 @@ use crate::page_cache::{FilePages, PageCache, Priority, ReadAhead};
 use crate::range_lock::RangeLock;
 use crate::records::inodes::Inode;
 use crate::reserve::FileReserved;
+use crate::sync::Mutex;
 use crate::txn::Meta;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, InodeId};
 

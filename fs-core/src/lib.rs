@@ -89,7 +89,7 @@ mod mutation;
 // Tests from outside, which run inside too.
 #[cfg(test)]
 extern crate self as fs_core;
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod races;
 #[cfg(feature = "internals")]
 #[doc(hidden)]

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::records::{TreeKind, inodes};
 use crate::stats::Stats;
 use crate::superblock::{self, LABEL_MAX, OnDisk, SLOTS, SlotError, slot_byte, slots_of, uuid_text};
+use crate::sync::Mutex;
 use crate::tree::{NodeCache, NodePtr, Tree, TreeId};
 use crate::txn::Meta;
 use crate::types::{BLOCK_SIZE, BlockAddr, Generation, InodeId};
@@ -338,7 +339,7 @@ pub struct Filesystem {
 /// Unmounts on drop.
 struct Mounted {
     core: Arc<Core>,
-    helper: parking_lot::Mutex<Option<Helper>>,
+    helper: Mutex<Option<Helper>>,
 }
 
 impl std::fmt::Debug for Filesystem {
@@ -364,7 +365,7 @@ impl Filesystem {
         sb.check_usable(device.name(), blocks, !options.read_only)?;
         let meta = open_meta(&sb, options)?;
         let core = Arc::new(Core::new(claim, device, options.clone(), sb, meta));
-        let mounted = Mounted { core, helper: parking_lot::Mutex::new(None) };
+        let mounted = Mounted { core, helper: Mutex::new(None) };
         let core = &mounted.core;
         if !options.read_only {
             let channel = Channel::new(core)?;

@@ -38,12 +38,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 
-use parking_lot::Mutex;
 use smallvec::SmallVec;
 
 use crate::core::Core;
 use crate::file::FileInner;
 use crate::mutation::{Mutation, broken};
+use crate::sync::Mutex;
 use crate::types::{FileBlock, Run};
 
 /// Runs as an allocation yields them.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crossbeam_utils::CachePadded;
-use parking_lot::Mutex;
+
+use crate::sync::Mutex;
 
 /// Counters of a mount since it was mounted, and sizes at this moment. Bytes unless said otherwise.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

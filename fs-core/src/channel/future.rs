@@ -10,11 +10,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bdev_adapter::Segments;
-use parking_lot::Mutex;
 
 use super::Channel;
 use super::operation::Output;
 use crate::error::Result;
+use crate::sync::Mutex;
 
 /// What every operation ends with.
 pub(crate) type Answer = (Result<Output>, Segments);

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use crossbeam_utils::CachePadded;
-use parking_lot::Mutex;
 
+use crate::sync::Mutex;
 use crate::types::Generation;
 
 const NONE: u64 = u64::MAX;

@@ -14,11 +14,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use bdev_adapter::{Completion, DmaBuf, DmaSource, IoError, Request, Segments};
-use parking_lot::Mutex;
 
 use super::holds::HoldSet;
 use super::operation;
 use crate::error::{Error, Result};
+use crate::sync::Mutex;
 
 /// What an engine drives.
 pub(crate) type Task = Pin<Box<dyn Future<Output = ()> + Send>>;

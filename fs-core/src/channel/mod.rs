@@ -25,7 +25,6 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use bdev_adapter::{DmaBuf, QueuePair, Segments};
-use parking_lot::Mutex;
 
 pub use calls::List;
 pub use future::OpFuture;
@@ -38,9 +37,8 @@ use self::operation::{Completion, Operation};
 use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::File;
+use crate::sync::{self, Mutex, SPINS_BEFORE_SLEEP};
 
-/// Polls without progress before a blocking call goes to sleep.
-const SPINS_BEFORE_SLEEP: u32 = 4000;
 /// Longest sleep between two looks; also how long a channel may be left alone before others drive it.
 const NAP: Duration = Duration::from_millis(1);
 
@@ -267,7 +265,7 @@ impl Channel {
                     idle = 0;
                 } else if idle < SPINS_BEFORE_SLEEP {
                     idle += 1;
-                    std::hint::spin_loop();
+                    sync::spin();
                 } else {
                     self.nap(NAP);
                     self.core.drive_abandoned();
@@ -304,7 +302,7 @@ impl Channel {
         drop(engine);
         self.shared.io.set_sleeper(Some(std::thread::current()));
         if !self.shared.io.signalled() && !self.block_waker.woken.load(Ordering::Acquire) {
-            std::thread::park_timeout(timeout);
+            sync::pause(timeout);
         }
         self.shared.io.set_sleeper(None);
     }

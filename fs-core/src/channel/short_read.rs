@@ -6,8 +6,9 @@
 use bdev_adapter::DmaBuf;
 
 use super::fast_read::{BLOCKS_MAX, Waited};
-use super::{Channel, NAP, SPINS_BEFORE_SLEEP};
+use super::{Channel, NAP};
 use crate::file::File;
+use crate::sync::{self, SPINS_BEFORE_SLEEP};
 use crate::types::BLOCK_SIZE;
 
 /// Polls between two times that others may enter the channel.
@@ -28,7 +29,7 @@ impl Channel {
                 match engine.reads.waited.take() {
                     Some(Waited::Done(buf)) => return Ok(buf),
                     Some(Waited::General(buf)) => return Err(buf),
-                    None => std::hint::spin_loop(),
+                    None => sync::spin(),
                 }
             }
             drop(engine);

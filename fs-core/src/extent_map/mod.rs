@@ -63,7 +63,6 @@ mod tests;
 
 use std::fmt;
 
-use parking_lot::Mutex;
 use smallvec::SmallVec;
 
 pub(crate) use self::cpu::prefetch_read;
@@ -78,6 +77,7 @@ use self::mem::{Nodes, Published};
 pub use self::view::{FileVersion, LOOKUP_LANES, MapStats, View};
 use self::view::{Segment, Segments, ViewData};
 use crate::mutation::{Mutation, broken};
+use crate::sync::Mutex;
 use crate::types::FileBlock;
 
 /// The extent map of one file.

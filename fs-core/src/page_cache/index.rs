@@ -14,12 +14,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use parking_lot::Mutex;
-
 use super::{Evicted, Page, PageCache, Tag};
 use crate::error::Error;
 use crate::file::FileInner;
 use crate::range_lock::RangeLock;
+use crate::sync::Mutex;
 use crate::types::{BLOCK_SHIFT, InodeId};
 
 /// Blocks in a unit.

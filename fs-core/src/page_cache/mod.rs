@@ -40,14 +40,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
-
 pub(crate) use self::index::{Batch, FilePages, NewPage, UNIT_BLOCKS, Unfit};
 pub(crate) use self::page::Page;
 use self::queues::{Evicted, Queues, Tag};
 pub(crate) use self::readahead::{Ahead, ReadAhead};
 use crate::error::Error;
 use crate::file::FileInner;
+use crate::sync::Mutex;
 use crate::types::{BLOCK_SIZE, InodeId};
 
 /// Least number of pages that may be dirty, however small the cache: writers must get somewhere.

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use parking_lot::Mutex;
+use crate::sync::Mutex;
 
 /// First window, in blocks.
 const WINDOW_MIN: u64 = 32;

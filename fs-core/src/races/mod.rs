@@ -5,13 +5,29 @@
 //! every time. Each test tells how the failure would come about; [`mutants`] breaks the rules ([`crate::mutation`]) and runs the tests
 //! again.
 
+//!
+//! What cannot be interleaved this way - moments between two locks - is left to random schedules (`shuttle_tests`, in a build with
+//! `--cfg shuttle`).
+
 #[path = "../../tests/common/mod.rs"]
 mod common;
+
+#[cfg(not(shuttle))]
 mod coherence;
+#[cfg(not(shuttle))]
 mod files;
+#[cfg(not(shuttle))]
 mod loaders;
+#[cfg(not(shuttle))]
 mod mutants;
+#[cfg(not(shuttle))]
 mod ranges;
+#[cfg(not(shuttle))]
 mod retries;
+#[cfg(not(shuttle))]
 mod scene;
+#[cfg(not(shuttle))]
 mod sizes;
+
+#[cfg(shuttle)]
+mod shuttle_tests;
