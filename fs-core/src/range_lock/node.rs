@@ -307,6 +307,8 @@ mod reclaim {
     std::thread_local! {
         static PINS: Cell<usize> = const { Cell::new(0) };
         static LIMBO: RefCell<Vec<NodeRef>> = const { RefCell::new(Vec::new()) };
+        /// What goes with a lock; other locks may be in use by those who are pinned.
+        static LATER: RefCell<Vec<Box<dyn std::any::Any>>> = const { RefCell::new(Vec::new()) };
     }
 
     pub(in crate::range_lock) struct Pin(());
@@ -321,6 +323,7 @@ mod reclaim {
             PINS.set(PINS.get() - 1);
             if PINS.get() == 0 && cfg!(shuttle) {
                 LIMBO.take().into_iter().for_each(NodeRef::recycle);
+                drop(LATER.take());
             }
         }
     }
@@ -334,6 +337,10 @@ mod reclaim {
         }
 
         pub(in crate::range_lock) fn drop_later(&self, what: impl Send + 'static) {
+            if cfg!(shuttle) {
+                return LATER.with_borrow_mut(|later| later.push(Box::new(what)));
+            }
+            // Under loom there is one lock, and nobody else is left.
             drop(what);
             LIMBO.take().into_iter().for_each(pool::free);
         }
