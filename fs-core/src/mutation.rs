@@ -146,9 +146,11 @@ pub(crate) fn broken(rule: Mutation) -> bool {
     }
 }
 
-/// A test that waits for this point on the calling thread acts now.
+/// A test that waits for this point on the calling thread acts now. Under shuttle another thread may go on here.
 #[inline(always)]
 pub(crate) fn reached(point: Point) {
+    #[cfg(all(test, shuttle))]
+    shuttle::thread::yield_now();
     #[cfg(test)]
     {
         let act = ACT.with(|act| act.borrow_mut().take_if(|(wanted, _)| *wanted == point));

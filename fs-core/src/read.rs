@@ -182,6 +182,9 @@ pub(crate) async fn read_slice(
         return buffered::read(core, io, file, None, offset, out).await;
     };
     let there = (snapshot.size.saturating_sub(offset)).min(out.len() as u64) as usize;
+    if there < out.len() && broken(Mutation::ShortReadKeepsHold) {
+        std::mem::forget(Hold::take(core, io));
+    }
     let mut done = 0;
     let mut bounce: Option<DmaBuf> = None;
     while done < there {
