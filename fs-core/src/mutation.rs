@@ -146,11 +146,16 @@ pub(crate) fn broken(rule: Mutation) -> bool {
     }
 }
 
-/// A test that waits for this point on the calling thread acts now. Under shuttle another thread may go on here.
+/// A test that waits for this point on the calling thread acts now. Under shuttle others may go on here for a while.
 #[inline(always)]
 pub(crate) fn reached(point: Point) {
     #[cfg(all(test, shuttle))]
-    shuttle::thread::yield_now();
+    {
+        // Mostly at once, at times after the others have got somewhere.
+        use shuttle::rand::Rng;
+        let times = [0, 1, 10, 50][shuttle::rand::thread_rng().gen_range(0..4)];
+        (0..times).for_each(|_| shuttle::thread::yield_now());
+    }
     #[cfg(test)]
     {
         let act = ACT.with(|act| act.borrow_mut().take_if(|(wanted, _)| *wanted == point));
