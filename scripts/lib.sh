@@ -150,8 +150,11 @@ spdk_is_there() {
   [ -n "${SPDK_DIR:-}" ] || [ -e "$(scripts/spdk.sh prefix)/gaur-stamp" ] || pkg-config --exists spdk_bdev 2>/dev/null
 }
 
-# Tests of the lock-free parts under a model checker, loom or shuttle, in a build of its own (fs-core/src/sync.rs).
+# Tests under a model checker, in a build of its own (fs-core/src/sync.rs): loom has all schedules of the lock-free parts, shuttle random
+# ones of them and of whole operations.
 model_checker() {
-  step "$1: range lock" env RUSTFLAGS="--cfg $1" CARGO_TARGET_DIR="$(target_dir)/$1" CARGO_PROFILE_TEST_DEBUG=0 \
-    cargo test --locked -p fs-core --lib range_lock
+  local tests=range_lock
+  if [ "$1" = shuttle ]; then tests=shuttle_tests; fi
+  step "$1: $tests" env RUSTFLAGS="--cfg $1" CARGO_TARGET_DIR="$(target_dir)/$1" CARGO_PROFILE_TEST_DEBUG=0 \
+    cargo test --locked -p fs-core --lib "$tests"
 }

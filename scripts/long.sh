@@ -5,7 +5,8 @@
 #   scripts/long.sh [FILTER]   only tests of fs-core whose name contains FILTER; no model checkers, no power cuts
 #
 #   GAUR_OPS=N       operations of the model test (default here 1000000)
-#   GAUR_STEPS=N     steps of the models of trees, allocator and range lock, schedules of shuttle (default here 300000)
+#   GAUR_STEPS=N     steps of the models of trees, allocator and range lock, shuttle's schedules of the range lock (default here 300000)
+#   GAUR_SCHEDULES=N shuttle's schedules of whole operations (default here 300000)
 #   GAUR_CRASHES=N   crash states that the crash test tries (default here 10000)
 #   GAUR_CUTS=N      power cuts (default here 20, and half of them again with sectors of 4096 bytes)
 #   GAUR_SEED=N      replay a run
@@ -16,7 +17,8 @@ export LC_ALL=C
 . "$(dirname "$0")/lib.sh"
 
 have cargo || die "cargo is not on PATH" "install Rust 1.89 or later, with rustup for example"
-export GAUR_OPS="${GAUR_OPS:-1000000}" GAUR_STEPS="${GAUR_STEPS:-300000}" GAUR_CRASHES="${GAUR_CRASHES:-10000}"
+export GAUR_OPS="${GAUR_OPS:-1000000}" GAUR_STEPS="${GAUR_STEPS:-300000}"
+export GAUR_SCHEDULES="${GAUR_SCHEDULES:-300000}" GAUR_CRASHES="${GAUR_CRASHES:-10000}"
 # Long tests are not hung tests.
 export GAUR_STEP_TIMEOUT="${GAUR_STEP_TIMEOUT:-86400}" GAUR_TIME_LIMIT="${GAUR_TIME_LIMIT:-86400}"
 begin_steps long-logs

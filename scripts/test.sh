@@ -100,6 +100,7 @@ default_tests() {
   # The crates of the workspace's default-members: all but spdk-sys. This builds examples and programs too.
   step "tests" cargo test --locked --no-fail-fast
   model_checker loom
+  model_checker shuttle
   step "example: quickstart" "$(target_dir)/debug/examples/quickstart"
   step "example: futures" "$(target_dir)/debug/examples/futures"
   # The device is a file in the build directory (or TMPDIR), removed at the end: /tmp may be memory, and small.
