@@ -128,10 +128,15 @@ pub(crate) enum Point {
     PassOver,
 }
 
+/// What a test does when a point is reached.
+#[cfg(test)]
+type Act = (Point, Box<dyn FnOnce()>);
+
 #[cfg(test)]
 thread_local! {
+    /// A bit for each rule.
     static BROKEN: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
-    static ACT: std::cell::RefCell<Option<(Point, Box<dyn FnOnce()>)>> = const { std::cell::RefCell::new(None) };
+    static ACT: std::cell::RefCell<Option<Act>> = const { std::cell::RefCell::new(None) };
 }
 
 /// Whether the calling thread has broken `rule`.
@@ -182,13 +187,13 @@ pub(crate) fn with_broken<T>(rule: Mutation, run: impl FnOnce() -> T) -> T {
 }
 
 /// Has `act` called when the calling thread reaches `point` next. Only one waits at a time.
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) fn act_at(point: Point, act: impl FnOnce() + 'static) {
     ACT.with(|slot| *slot.borrow_mut() = Some((point, Box::new(act))));
 }
 
 /// Whether an action is still waiting for its point; it is taken away.
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 pub(crate) fn forget_act() -> bool {
     ACT.with(|slot| slot.borrow_mut().take().is_some())
 }
