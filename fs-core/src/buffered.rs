@@ -5,7 +5,8 @@
 //! 1. lock the blocks that it touches exclusively;
 //! 2. bring in the pages at its edges of which it changes only a part ([`edges`]);
 //! 3. reserve space for the pages that are not dirty yet ([`Reservation`]): want of space is answered here and never later. If space
-//!    might come back with write-back of other pages, that is tried once, without the lock;
+//!    might come back with write-back of other pages, that is tried once, without the lock; then the direct way, which can do without
+//!    space where blocks were preallocated;
 //! 4. put the pages in and mark them dirty, all in one step ([`FilePages::write`]), then let the file grow ([`accept`]);
 //! 5. unlock; if too much of the cache is dirty, help to write back ([`writeback::throttle`]).
 //!
@@ -164,6 +165,14 @@ async fn write(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> R
                 drop(guard);
                 // Their errors are noted with their files.
                 let _ = writeback::all(core, io).await;
+            }
+            Err(error @ Error::NoSpace { .. }) => {
+                // What was preallocated is there for a write that goes past the cache: it needs no space but for what is not.
+                drop(guard);
+                return match write::write_slice(core, io, file, at, data).await {
+                    Err(Error::NoSpace { .. }) => Err(error),
+                    result => result,
+                };
             }
             result => {
                 result?;
