@@ -109,7 +109,6 @@ impl DmaBuf {
     ///
     /// # Safety
     /// As for `ptr::read`: `from` must be forgotten.
-    #[cfg(feature = "spdk")]
     #[inline(always)]
     pub(crate) unsafe fn read_by_words(from: &DmaBuf) -> DmaBuf {
         let DmaBuf { ptr, len, chunk } = from;
@@ -350,11 +349,19 @@ impl Segments {
     }
 
     /// The single buffer of a request that was made with one.
-    pub fn into_one(self) -> Option<DmaBuf> {
-        match self {
-            Segments::One(buf) => Some(buf),
-            _ => None,
-        }
+    #[inline(always)]
+    pub fn into_one(mut self) -> Option<DmaBuf> {
+        self.take_one()
+    }
+
+    /// Takes out the single buffer of a request that was made with one.
+    #[inline(always)]
+    pub fn take_one(&mut self) -> Option<DmaBuf> {
+        let Segments::One(buf) = self else { return None };
+        // SAFETY: the buffer is forgotten: it is overwritten in the next step, without being dropped.
+        let taken = unsafe { DmaBuf::read_by_words(buf) };
+        std::mem::forget(std::mem::take(self));
+        Some(taken)
     }
 }
 

@@ -125,18 +125,20 @@ impl Engine {
         let mut completions = std::mem::take(&mut self.completions);
         if queue_pair.poll(&mut completions) > 0 {
             progress = true;
-            let mut answers = completions.drain(..);
-            while let Some(completion) = answers.next() {
-                if let Some(next) = answers.as_slice().first() {
+            // Answers of reads stay where they are: moving each would take longer than what is done with it.
+            let mut answers = &mut completions[..];
+            while let Some((answer, behind)) = answers.split_first_mut() {
+                answers = behind;
+                if let Some(next) = answers.first() {
                     self.reads.prefetch(next);
                 }
-                if completion.tag & FAST_READ == 0 {
-                    self.io.complete(completion);
+                if answer.tag & FAST_READ == 0 {
+                    self.io.complete(answer);
                 } else {
-                    self.finish_read(completion);
+                    self.finish_read(answer);
                 }
             }
-            drop(answers);
+            completions.clear();
             self.reads.settle();
             if self.run_ready()
                 && let Some(queue_pair) = &mut self.queue_pair
@@ -170,8 +172,9 @@ impl Engine {
         }
     }
 
-    fn finish_read(&mut self, completion: bdev_adapter::Completion) {
-        if let Some(task) = self.reads.finish(completion, &self.io) {
+    #[inline]
+    fn finish_read(&mut self, answer: &mut bdev_adapter::Completion) {
+        if let Some(task) = self.reads.finish(answer, &self.io) {
             self.spawn(task);
         }
     }
@@ -201,7 +204,7 @@ impl Engine {
         for request in self.outgoing.drain(..) {
             match &mut self.queue_pair {
                 Some(queue_pair) => queue_pair.submit(request),
-                None => self.io.complete(refused(request)),
+                None => self.io.complete(&mut refused(request)),
             }
         }
         some

@@ -60,7 +60,9 @@ pub(super) struct Accepted {
 struct Queued {
     offset: u64,
     tag: u64,
-    buf: DmaBuf,
+    /// One buffer, until it is sent.
+    bufs: Segments,
+    len: usize,
     /// Which of the files that were accepted with it.
     file: u32,
 }
@@ -76,13 +78,13 @@ impl Accepted {
             self.files.push(file.clone());
         }
         let file = self.files.len() as u32 - 1;
-        self.reads.push(Queued { offset, tag, buf, file });
+        self.reads.push(Queued { offset, tag, len: buf.len(), bufs: buf.into(), file });
     }
 
     /// Gives them up, each with its tag.
-    pub(super) fn drain(&mut self) -> impl Iterator<Item = (u64, DmaBuf)> {
+    pub(super) fn drain(&mut self) -> impl Iterator<Item = (u64, Segments)> {
         self.files.clear();
-        self.reads.drain(..).map(|read| (read.tag, read.buf))
+        self.reads.drain(..).map(|read| (read.tag, read.bufs))
     }
 }
 
@@ -187,34 +189,10 @@ impl FastReads {
         let mut incoming = std::mem::take(&mut self.incoming);
         let mut adopted = std::mem::take(&mut self.adopted);
         adopted.extend(incoming.files.iter().map(|_| self.take_file()));
-        let mut reads = incoming.reads.drain(..);
-        let mut bytes = 0;
-        while let count @ 1.. = reads.len().min(BATCH) {
-            // Published before the views are taken.
-            let hold = self.holds.acquire(self.core.open_generation(), count as u32);
-            let places = self.look_up(&incoming.files, &reads.as_slice()[..count]);
-            let mut refused = 0;
-            // (In this order: the one that ends takes nothing from the other.)
-            for (place, read) in places[..count].iter().zip(reads.by_ref()) {
-                let Queued { offset, tag, buf, file } = read;
-                let len = buf.len();
-                let slot = adopted[file as usize];
-                let started =
-                    place.and_then(|place| self.take_slot(place, len, Slot::new(tag, offset, hold, slot)));
-                if let Some((addr, index)) = started {
-                    bytes += len as u64;
-                    self.files[slot as usize].reads += 1;
-                    queue_pair.submit(Request::read(addr, buf, FAST_READ | u64::from(index)));
-                } else {
-                    refused += 1;
-                    let file = incoming.files[file as usize].clone();
-                    general.push((Operation::Read { file, offset, buf }, tag));
-                }
-            }
-            self.holds.release(hold, refused);
+        for reads in incoming.reads.chunks_mut(BATCH) {
+            self.start_batch(queue_pair, &incoming.files, &adopted, reads, general);
         }
-        drop(reads);
-        self.bytes.add(bytes);
+        incoming.reads.clear();
         for (file, slot) in incoming.files.drain(..).zip(adopted.drain(..)) {
             match self.files[slot as usize].reads {
                 0 => self.free_files.push(slot),
@@ -225,28 +203,35 @@ impl FastReads {
         true
     }
 
-    /// Starts a read whose caller waits for it, and keeps `file` meanwhile. The answer comes in `waited`; the buffer comes back at
-    /// once if the read must go the general way.
-    pub(super) fn start_waited(
+    /// Step 3 for at most [`BATCH`] reads of `files`, which have the slots `adopted`.
+    fn start_batch(
         &mut self,
         queue_pair: &mut dyn QueuePair,
-        file: &File,
-        offset: u64,
-        buf: DmaBuf,
-    ) -> Result<(), DmaBuf> {
-        let hold = self.holds.acquire(self.core.open_generation(), 1);
-        let read = [Queued { offset, tag: 0, buf, file: 0 }];
-        let place = self.look_up(std::slice::from_ref(file), &read)[0];
-        let [Queued { buf, .. }] = read;
-        let len = buf.len();
-        let started = place.and_then(|place| self.take_slot(place, len, Slot::new(0, offset, hold, NO_FILE)));
-        let Some((addr, index)) = started else {
-            self.holds.release(hold, 1);
-            return Err(buf);
-        };
-        self.bytes.add(len as u64);
-        queue_pair.submit(Request::read(addr, buf, FAST_READ | u64::from(index)));
-        Ok(())
+        files: &[File],
+        adopted: &[u32],
+        reads: &mut [Queued],
+        general: &mut Vec<(Operation, u64)>,
+    ) {
+        // Published before the views are taken.
+        let hold = self.holds.acquire(self.core.open_generation(), reads.len() as u32);
+        let places = self.look_up(files, reads);
+        let (mut refused, mut bytes) = (0, 0);
+        for (place, read) in places.into_iter().zip(reads) {
+            let slot = adopted[read.file as usize];
+            let new = Slot::new(read.tag, read.offset, hold, slot);
+            if let Some((addr, index)) = place.and_then(|place| self.take_slot(place, read.len, new)) {
+                bytes += read.len as u64;
+                self.files[slot as usize].reads += 1;
+                let bufs = std::mem::take(&mut read.bufs);
+                queue_pair.submit(Request::read(addr, bufs, FAST_READ | u64::from(index)));
+            } else if let Some(buf) = read.bufs.take_one() {
+                refused += 1;
+                let (file, offset) = (files[read.file as usize].clone(), read.offset);
+                general.push((Operation::Read { file, offset, buf }, read.tag));
+            }
+        }
+        self.bytes.add(bytes);
+        self.holds.release(hold, refused);
     }
 
     /// Where the reads of `batch` lie, at most [`BATCH`]; nothing for those that must go the general way.
@@ -269,16 +254,14 @@ impl FastReads {
                 (view, direct) = view_of(file);
             }
             *query = (view, FileBlock::containing(read.offset));
-            fits |= u32::from(direct && is_short_and_whole(read, view.size())) << index;
+            fits |= u32::from(direct && is_short_and_whole(read.offset, read.len, view.size())) << index;
         }
         let mut entries = [Entry::EMPTY; BATCH];
         View::lookup_across(&queries[..batch.len()], &mut entries);
         let mut elsewhere = 0;
         for (index, (read, place)) in batch.iter().zip(&mut places).enumerate() {
             if fits & 1 << index != 0 {
-                let blocks = (read.buf.len() >> BLOCK_SHIFT) as u64;
-                *place = pieces::single(&entries[index], FileBlock::containing(read.offset), blocks)
-                    .map(|(addr, sum)| Place { addr, sum });
+                *place = place_of(&entries[index], FileBlock::containing(read.offset), read.len);
                 elsewhere += u32::from(place.is_some_and(|place| place.sum.is_none()));
             }
         }
@@ -294,6 +277,33 @@ impl FastReads {
         let elsewhere = || places.iter().flatten().filter(|place| place.sum.is_none());
         elsewhere().for_each(|place| self.core.checksums.prefetch(place.addr));
         elsewhere().for_each(|place| self.core.checksums.prefetch_sum(place.addr));
+    }
+
+    /// Starts a read whose caller waits for it, and keeps `file` meanwhile. The answer comes in `waited`; the buffer comes back at
+    /// once if the read must go the general way.
+    pub(super) fn start_waited(
+        &mut self,
+        queue_pair: &mut dyn QueuePair,
+        file: &File,
+        offset: u64,
+        buf: DmaBuf,
+    ) -> Result<(), DmaBuf> {
+        let hold = self.holds.acquire(self.core.open_generation(), 1);
+        let started = {
+            let guard = crate::extent_map::pin();
+            let view = file.inner().map.view(&guard);
+            let (at, len) = (FileBlock::containing(offset), buf.len());
+            let fits = bypasses_cache(file, &view) && is_short_and_whole(offset, len, view.size());
+            let place = if fits { place_of(&view.lookup(at), at, len) } else { None };
+            place.and_then(|place| self.take_slot(place, len, Slot::new(0, offset, hold, NO_FILE)))
+        };
+        let Some((addr, index)) = started else {
+            self.holds.release(hold, 1);
+            return Err(buf);
+        };
+        self.bytes.add(buf.len() as u64);
+        queue_pair.submit(Request::read(addr, buf, FAST_READ | u64::from(index)));
+        Ok(())
     }
 
     /// A slot for `read` of `len` bytes at `place` with the checksums of its blocks, and the byte address on the device. Nothing
@@ -347,7 +357,7 @@ impl FastReads {
     #[inline]
     pub(super) fn finish(
         &mut self,
-        completion: bdev_adapter::Completion,
+        completion: &mut bdev_adapter::Completion,
         io: &Io,
     ) -> Option<impl Future<Output = ()> + Send + use<>> {
         let index = (completion.tag & !FAST_READ) as u32;
@@ -356,18 +366,19 @@ impl FastReads {
         slot.in_flight = false;
         let (tag, offset, hold, file) = (slot.tag, slot.offset, slot.hold, slot.file);
         self.free.push(index);
-        let buf = completion.bufs.into_one()?;
+        let Segments::One(buf) = &completion.bufs else { return None };
+        let len = buf.len();
         let good = completion.result.is_ok()
-            && (!self.core.options.verify_data || verified(&buf, &self.slots[index as usize].sums));
+            && (!self.core.options.verify_data || verified(buf, &self.slots[index as usize].sums));
         self.end_hold(hold);
-        if file == NO_FILE {
-            self.waited = Some(if good { Waited::Done(buf) } else { Waited::General(buf) });
+        if good && file != NO_FILE {
+            push_read(&mut self.done, tag, len, std::mem::take(&mut completion.bufs));
+            self.end_file(file);
             return None;
         }
-        if good {
-            let result = Ok(Output::Bytes(buf.len()));
-            self.done.push(Completion { tag, result, bufs: Segments::One(buf) });
-            self.end_file(file);
+        let buf = completion.bufs.take_one()?;
+        if file == NO_FILE {
+            self.waited = Some(if good { Waited::Done(buf) } else { Waited::General(buf) });
             return None;
         }
         let again = self.files[file as usize].file.clone();
@@ -432,16 +443,38 @@ impl Slot {
     }
 }
 
+/// Where a read of `len` bytes from `at` on lies, if `entry` has all of it.
+#[inline(always)]
+fn place_of(entry: &Entry, at: FileBlock, len: usize) -> Option<Place> {
+    pieces::single(entry, at, (len >> BLOCK_SHIFT) as u64).map(|(addr, sum)| Place { addr, sum })
+}
+
 /// Whether a read is of whole blocks, few enough, in a file of `size` bytes.
 #[inline(always)]
-fn is_short_and_whole(read: &Queued, size: u64) -> bool {
-    let len = read.buf.len() as u64;
-    let whole = (read.offset | len) & (BLOCK_SIZE as u64 - 1) == 0;
-    let inside = read.offset.checked_add(len).is_some_and(|end| end <= size);
+fn is_short_and_whole(offset: u64, len: usize, size: u64) -> bool {
+    let len = len as u64;
+    let whole = (offset | len) & (BLOCK_SIZE as u64 - 1) == 0;
+    let inside = offset.checked_add(len).is_some_and(|end| end <= size);
     whole && inside && (1..=BLOCKS_MAX as u64).contains(&(len >> BLOCK_SHIFT))
 }
 
 #[inline(always)]
 fn verified(buf: &[u8], sums: &[u32]) -> bool {
     buf.chunks_exact(BLOCK_SIZE).zip(sums).all(|(block, sum)| checksum32(block) == *sum)
+}
+
+/// `done.push(..)` of the answer to a read of `len` bytes, made in its place. An answer that is made elsewhere, word by word, and copied
+/// in wide registers at once waits for its words to leave the store buffer, which takes longer than all the rest.
+#[inline(always)]
+fn push_read(done: &mut Vec<Completion>, tag: u64, len: usize, bufs: Segments) {
+    done.reserve(1);
+    let count = done.len();
+    let place = done.spare_capacity_mut()[0].as_mut_ptr();
+    // SAFETY: `place` is valid for writes of a `Completion`, and all of its fields are written before it counts as one.
+    unsafe {
+        (&raw mut (*place).tag).write(tag);
+        (&raw mut (*place).result).write(Ok(Output::Bytes(len)));
+        (&raw mut (*place).bufs).write(bufs);
+        done.set_len(count + 1);
+    }
 }

@@ -211,10 +211,11 @@ impl Shared {
     }
 
     /// Stores the answer of the request in slot `completion.tag` and wakes who waits for it.
-    pub(super) fn complete(&self, completion: Completion) {
+    pub(super) fn complete(&self, completion: &mut Completion) {
         let index = completion.tag as u32;
         let mut io = self.io.lock();
-        let done = Slot::Done(completion.result, completion.bufs);
+        let result = std::mem::replace(&mut completion.result, Ok(()));
+        let done = Slot::Done(result, std::mem::take(&mut completion.bufs));
         match std::mem::replace(&mut io.slots[index as usize], done) {
             Slot::Waiting(waker) => {
                 drop(io);

@@ -217,7 +217,7 @@ impl Channel {
         }
         match engine.queue_pair {
             Some(_) => engine.reads.accept(&mut accepted),
-            None => accepted.drain().for_each(|(tag, buf)| self.refuse(tag, buf.into())),
+            None => accepted.drain().for_each(|(tag, bufs)| self.refuse(tag, bufs)),
         }
     }
 
