@@ -214,24 +214,40 @@ impl FastReads {
     ) {
         // Published before the views are taken.
         let hold = self.holds.acquire(self.core.open_generation(), reads.len() as u32);
-        let places = self.look_up(files, reads);
-        let (mut refused, mut bytes) = (0, 0);
-        for (place, read) in places.into_iter().zip(reads) {
+        let mut bytes = 0;
+        let mut send = |this: &mut FastReads, place: Option<Place>, read: &mut Queued| {
             let slot = adopted[read.file as usize];
             let new = Slot::new(read.tag, read.offset, hold, slot);
-            if let Some((addr, index)) = place.and_then(|place| self.take_slot(place, read.len, new)) {
+            if let Some((addr, index)) = place.and_then(|place| this.take_slot(place, read.len, new)) {
                 bytes += read.len as u64;
-                self.files[slot as usize].reads += 1;
+                this.files[slot as usize].reads += 1;
                 let bufs = std::mem::take(&mut read.bufs);
                 queue_pair.submit(Request::read(addr, bufs, FAST_READ | u64::from(index)));
             } else if let Some(buf) = read.bufs.take_one() {
-                refused += 1;
+                this.holds.release(hold, 1);
                 let (file, offset) = (files[read.file as usize].clone(), read.offset);
                 general.push((Operation::Read { file, offset, buf }, read.tag));
             }
+        };
+        if let [read] = reads {
+            let place = self.look_up_one(&files[read.file as usize], read.offset, read.len);
+            send(self, place, read);
+        } else {
+            let places = self.look_up(files, reads);
+            places.into_iter().zip(reads).for_each(|(place, read)| send(self, place, read));
         }
         self.bytes.add(bytes);
-        self.holds.release(hold, refused);
+    }
+
+    /// Where a read lies; nothing if it must go the general way.
+    #[inline]
+    fn look_up_one(&self, file: &File, offset: u64, len: usize) -> Option<Place> {
+        debug_assert!(self.holds.holds_any(), "a view is taken that nothing holds");
+        let guard = crate::extent_map::pin();
+        let view = file.inner().map.view(&guard);
+        let fits = bypasses_cache(file, &view) && is_short_and_whole(offset, len, view.size());
+        let at = FileBlock::containing(offset);
+        if fits { place_of(&view.lookup(at), at, len) } else { None }
     }
 
     /// Where the reads of `batch` lie, at most [`BATCH`]; nothing for those that must go the general way.
@@ -289,14 +305,9 @@ impl FastReads {
         buf: DmaBuf,
     ) -> Result<(), DmaBuf> {
         let hold = self.holds.acquire(self.core.open_generation(), 1);
-        let started = {
-            let guard = crate::extent_map::pin();
-            let view = file.inner().map.view(&guard);
-            let (at, len) = (FileBlock::containing(offset), buf.len());
-            let fits = bypasses_cache(file, &view) && is_short_and_whole(offset, len, view.size());
-            let place = if fits { place_of(&view.lookup(at), at, len) } else { None };
-            place.and_then(|place| self.take_slot(place, len, Slot::new(0, offset, hold, NO_FILE)))
-        };
+        let place = self.look_up_one(file, offset, buf.len());
+        let new = Slot::new(0, offset, hold, NO_FILE);
+        let started = place.and_then(|place| self.take_slot(place, buf.len(), new));
         let Some((addr, index)) = started else {
             self.holds.release(hold, 1);
             return Err(buf);

@@ -132,6 +132,17 @@ impl NodeRef {
         (0..=self.groups()).for_each(|line| self.prefetch(line));
     }
 
+    /// Brings all lines of the node at once, for who looks at the directory next and waits anyway: then the group is there with it. By
+    /// loads, whose results nobody waits for: a prefetch whose translation is not at hand may be dropped.
+    #[inline(always)]
+    pub(super) fn touch_all(self, _reach: Reach<'_>) {
+        let first = self.base().wrapping_add(LINE);
+        for line in 0..self.groups() {
+            // SAFETY: `new` wrote so many groups behind the directory, of a line each; as in `open`, they are there.
+            unsafe { first.add(line * LINE).read_volatile() };
+        }
+    }
+
     /// A node of `groups`.
     #[inline(always)]
     fn new<G: Group>(groups: impl ExactSizeIterator<Item = G>) -> NodeRef {

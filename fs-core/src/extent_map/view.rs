@@ -242,7 +242,10 @@ pub(super) fn find(root: NodeRef, key: i32, reach: Reach<'_>) -> Piece {
     let (mut node, mut end) = (root, SEGMENT_BLOCKS);
     loop {
         match node.open(reach) {
-            Node::Inner(inner) => (node, end) = inner.find(key, end),
+            Node::Inner(inner) => {
+                (node, end) = inner.find(key, end);
+                node.touch_all(reach);
+            }
             Node::Leaf(leaf) => return leaf.find(key, end),
         }
     }
