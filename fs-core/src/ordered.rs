@@ -18,7 +18,7 @@
 //! comes. A buffered write need not wait: it makes new versions of pages, and a flight has the old ones. Nor need a buffered read:
 //! while there is an ordered extent of write-back its pages are in the cache, and that of a direct write comes with the lock.
 //!
-//! A sync waits for all that were there when it came.
+//! A sync waits for those that were there when it came, in files with dirty pages and where they hold back the size of what is finished.
 //!
 //! # The size on disk (rule 3 of the design)
 //!

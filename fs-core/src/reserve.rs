@@ -14,7 +14,7 @@
 //!
 //! # Life
 //!
-//! [`Reservation::take`] before a write is accepted -> [`Reservation::into_pool`] when its pages are dirty: the file's pool holds one
+//! [`Reservation::take`] before a write is accepted -> [`Reservation::move_to_pool`] when its pages are dirty: the file's pool holds one
 //! for each dirty page -> [`Reservation::from_pool`] when write-back takes pages -> the block share is used up by the
 //! allocation ([`Txn::allocate_reserved`]), and comes back should the [ordered extent](crate::ordered) fail -> the rest is
 //! settled in the transaction that publishes ([`Meta::settle_shares`]), or goes back to the pool or to all. A reservation that is dropped in

@@ -185,7 +185,8 @@ impl Meta {
         COMMIT_NEED_MIN + 4 * space + 2 * inodes
     }
 
-    /// Dirty nodes at which a commit is due: what the free space and the node cache allow.
+    /// Dirty nodes at which a commit is due: half of what the node cache holds, or a quarter of what is kept back if that is more. (Free
+    /// space is no bound: a dirty node has its block.)
     fn dirty_limit(&self) -> usize {
         let stats = self.cache.stats();
         let by_memory = (stats.capacity / BLOCK_SIZE / 2) as u64;

@@ -5,8 +5,8 @@
 //! generation or a later one; blocks freed in generation `g` are reused when `g` is durable **and** every published
 //! generation is greater than `g` ([`Registry::oldest`]).
 //!
-//! Each channel publishes one number, the oldest generation of its reads, in a cache line of its own: nothing shared
-//! is written on the read path. Absent here: turning a hold that grows old into an exact hold on its blocks (one stuck
+//! Each channel has two sets, of its fast reads and of its tasks. A set publishes one number, the oldest generation of its
+//! reads, in a cache line of its own: nothing shared is written on the read path. Absent here: turning a hold that grows old into an exact hold on its blocks (one stuck
 //! read delays reuse of everything freed after it, it does not endanger it).
 
 use std::collections::VecDeque;
@@ -48,7 +48,7 @@ impl Registry {
     }
 }
 
-/// The holds of one channel. Used by one thread at a time.
+/// A set of holds of one channel. Used by one thread at a time.
 pub(crate) struct HoldSet {
     published: Published,
     /// Reads in flight by generation, oldest first.
