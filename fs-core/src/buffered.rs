@@ -147,7 +147,7 @@ fn blocks_of(offset: u64, len: u64) -> Range<u64> {
 // ---- writing
 
 /// Writes through the cache; returns the byte offset that it went to.
-async fn write(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> Result<u64> {
+async fn write(core: &Arc<Core>, io: &Io, file: &File, mut at: At, data: &[u8]) -> Result<u64> {
     file.check_writable()?;
     writeback::admit(core, io).await?;
     let inner = file.inner();
@@ -158,7 +158,12 @@ async fn write(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> R
         if data.is_empty() {
             break offset;
         }
-        match accept(core, io, inner, offset, data).await {
+        let accepted = accept(core, io, inner, offset, data).await;
+        if accepted.is_err() && inner.size() > offset {
+            // An append that has begun goes on where it began.
+            at = At::Offset(offset);
+        }
+        match accepted {
             Err(Error::NoSpace { .. }) if !flushed && writeback::may_free(core) => {
                 // What dirty pages replace, and what was reserved for the worst case, comes back when they are written.
                 flushed = true;
@@ -250,7 +255,12 @@ async fn put_in(
     let pages = file.pages(core);
     loop {
         let mut new = new_pages(offset, data, chunk, end, bases);
-        match pages.write(file, &mut new, end, file.size(), || core.may_dirty()) {
+        let written = {
+            // As for the bound of an ordered extent: see `Slot::register`.
+            let _meta = (end > file.size()).then(|| core.meta.lock());
+            pages.write(file, &mut new, end, file.size(), || core.may_dirty())
+        };
+        match written {
             Ok(dirtied) => {
                 reservation.move_to_pool(dirtied);
                 return Ok(());
@@ -436,14 +446,16 @@ async fn read_ahead(core: &Arc<Core>, io: &Io, handle: &File, offset: u64, end: 
     let file = handle.inner();
     let last = FileBlock::at_or_after(file.size()).0;
     let Some((range, round)) = handle.readahead().lock().advance(offset, end, last) else { return };
-    let task = bring(Arc::clone(core), io.clone(), Arc::clone(file), range, round);
+    let task = bring(Arc::clone(core), io.clone(), handle.clone(), range, round);
     io.spawn(Box::pin(task));
     // A blocking caller polls its channel only while it waits: once now, so that the requests are sent.
     io.yield_now().await;
 }
 
 /// A round of read-ahead. It gives way to writers: what is locked is not read ahead.
-async fn bring(core: Arc<Core>, io: Io, file: Arc<FileInner>, range: Range<u64>, round: Arc<Ahead>) {
+/// It keeps the file open: the mappings of one that has left memory are of the past.
+async fn bring(core: Arc<Core>, io: Io, handle: File, range: Range<u64>, round: Arc<Ahead>) {
+    let file = handle.inner();
     let bytes = range.start << BLOCK_SHIFT..range.end << BLOCK_SHIFT;
     if let Some(_guard) = file.lock.try_lock(bytes, Mode::Shared) {
         let pages: &Arc<FilePages> = file.pages(&core);
@@ -451,7 +463,7 @@ async fn bring(core: Arc<Core>, io: Io, file: Arc<FileInner>, range: Range<u64>,
         while let Some(missing) = pages.first_missing(from..range.end) {
             from = missing.end;
             // Whoever wants the pages will get the error.
-            if fill(&core, &io, &file, missing, Some(false)).await.is_err() {
+            if fill(&core, &io, file, missing, Some(false)).await.is_err() {
                 break;
             }
         }

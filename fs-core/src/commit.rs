@@ -103,6 +103,7 @@ async fn wait_for_sizes(core: &Core, only: Option<&Arc<FileInner>>) {
     let lagging: Vec<Arc<FileInner>> = {
         let meta = core.meta.lock();
         let wanted = meta.dirty.iter().filter(|file| only.is_none_or(|only| only.id == file.id));
+        let wanted = wanted.filter(|file| file.dirty.load(Ordering::Relaxed));
         wanted.filter(|file| file.disk_size().1).cloned().collect()
     };
     for file in lagging {
@@ -281,6 +282,11 @@ fn store_inodes(t: &mut Txn<'_>) -> Result<(), Stop> {
     let result = loop {
         let Some(file) = t.meta.dirty.last().cloned() else { break Ok(()) };
         t.checkpoint();
+        if !file.dirty.load(Ordering::Relaxed) {
+            // It was deleted.
+            t.meta.dirty.pop();
+            continue;
+        }
         let lags = match store_inode(t, &file) {
             Ok(lags) => lags,
             Err(stop) => break Err(stop),

@@ -274,7 +274,7 @@ impl Core {
             return;
         }
         if file.unlinked.load(Ordering::Relaxed) {
-            if !meta.reap.contains(&file.id) {
+            if !file.reaped.swap(true, Ordering::Relaxed) {
                 meta.reap.push(file.id);
             }
         } else {
@@ -291,8 +291,8 @@ impl Core {
     pub(crate) fn forget_file(&self, id: InodeId) {
         let mut meta = self.meta.lock();
         if let Some(file) = meta.open.remove(&id) {
+            // The next commit finds it among those that changed, and passes it by.
             file.dirty.store(false, Ordering::Relaxed);
-            meta.dirty.retain(|other| other.id != id);
         }
     }
 

@@ -59,6 +59,10 @@ pub(crate) struct FileInner {
     /// the size on disk), and of a long truncate. Changed only under the metadata lock.
     pub(crate) cut_by_commit: AtomicBool,
     pub(crate) cut_by_truncate: AtomicBool,
+    /// A long truncate has failed half way: content behind the end is still in the tree. The next mount finishes it.
+    pub(crate) cut_failed: AtomicBool,
+    /// It is in the list of files that can go. Changed only under the metadata lock.
+    pub(crate) reaped: AtomicBool,
     /// It is in the list of files whose inode the next commit stores. Changed only under the metadata lock.
     pub(crate) dirty: AtomicBool,
 }
@@ -81,6 +85,8 @@ impl FileInner {
             finished: AtomicU64::new(inode.size),
             cut_by_commit: AtomicBool::new(false),
             cut_by_truncate: AtomicBool::new(false),
+            cut_failed: AtomicBool::new(false),
+            reaped: AtomicBool::new(false),
             dirty: AtomicBool::new(false),
         }
     }
@@ -146,9 +152,12 @@ impl FileInner {
     /// The size that a commit may store at this moment, and whether there is finished content beyond it. Under the metadata lock.
     pub(crate) fn disk_size(&self) -> (u64, bool) {
         let finished = self.finished.load(Ordering::Relaxed);
+        let ordered = || if broken(Mutation::SizeCoversUnfinished) { NO_BOUND } else { self.ordered.bound() };
+        // Before the pages and behind them: a flight gets its bound from the pages, and gives it back if it fails, without the metadata
+        // lock; it is always at one of the two.
+        let before = ordered();
         let by_pages = self.pages_if_any().map_or(NO_BOUND, |pages| pages.bound());
-        let by_ordered = if broken(Mutation::SizeCoversUnfinished) { NO_BOUND } else { self.ordered.bound() };
-        let size = finished.min(by_ordered).min(by_pages);
+        let size = finished.min(before).min(by_pages).min(ordered());
         (size, size < finished)
     }
 
@@ -216,6 +225,11 @@ impl File {
         if self.0.flags.contains(OpenFlags::READ_ONLY) {
             let name = String::from_utf8_lossy(&self.name()).into_owned();
             return Err(Error::ReadOnly { why: format!("'{name}' was opened read-only") });
+        }
+        if self.inner().cut_failed.load(Ordering::Relaxed) {
+            let name = String::from_utf8_lossy(&self.name()).into_owned();
+            let why = format!("a truncate of '{name}' has failed half way; the next mount finishes it");
+            return Err(Error::ReadOnly { why });
         }
         self.0.core.check_writable()
     }

@@ -57,13 +57,19 @@ pub(crate) async fn checksums(
 ) -> Result<Vec<Option<u32>>> {
     let run = Run::new(piece.addr, piece.len);
     transact(core, io, |t| {
-        let mut sums = checksums::find(t, run)?;
+        let stored = checksums::find(t, run)?;
+        let mut sums = vec![None; stored.len()];
         for extent in extents::overlapping(t, file.id, piece.at, piece.end(), usize::MAX)? {
             let part = extent.clip(piece.at, piece.end());
             let index = (part.at.0 - piece.at.0) as usize;
-            // A record that lies elsewhere is newer than the piece; the piece's blocks are held, not referred to.
-            if let (Some(sum), true) = (extent.checksum, part.addr == piece.addr.plus(index as u64)) {
-                sums[index] = Some(sum);
+            // A record that lies elsewhere is newer than the piece: its blocks are held and not referred to any more, and what is stored for
+            // them may be of an earlier use.
+            if part.addr == piece.addr.plus(index as u64) {
+                let behind = index + part.len as usize;
+                sums[index..behind].copy_from_slice(&stored[index..behind]);
+                if extent.checksum.is_some() {
+                    sums[index] = extent.checksum;
+                }
             }
         }
         // Under the metadata lock, like every change of checksums: the cache never gets older ones than the tree has.

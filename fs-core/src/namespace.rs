@@ -64,7 +64,11 @@ pub(crate) async fn open(core: &Arc<Core>, io: &Io, name: &[u8], flags: OpenFlag
                 return Err(Stop::Fail(Error::Exists { name: name.to_vec() }));
             }
             Some(id) => match t.meta.open.get(&id) {
-                Some(file) => return Ok(counted(file)),
+                Some(file) => {
+                    // Crash recovery knows a file by its number.
+                    name.clone_into(&mut file.name.lock());
+                    return Ok(counted(file));
+                }
                 None => (id, inodes::expect(t, id)?, false),
             },
             None if flags.contains(OpenFlags::CREATE) => {

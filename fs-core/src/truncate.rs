@@ -16,7 +16,7 @@ use crate::core::Core;
 use crate::error::{Error, Result};
 use crate::file::{FILE_BLOCKS_MAX, FILE_SIZE_MAX, File, FileInner};
 use crate::mutation::{Mutation, Point, broken, reached};
-use crate::records::extents::{Content, Extent, Replacement};
+use crate::records::extents::{Content, Extent, Kind, Replacement, Span};
 use crate::records::orphans::{self, Work};
 use crate::records::{extents, inodes};
 use crate::store::{self, Stored};
@@ -96,7 +96,10 @@ pub(crate) async fn truncate_inner(
     let mut more = more;
     while more {
         reached(Point::TruncateStep);
-        more = drop_step(core, io, file.id, Some(file), kept, Work::Truncate).await?;
+        let step = drop_step(core, io, file.id, Some(file), kept, Work::Truncate).await;
+        // If that fails, what is left would show when the file grows.
+        file.cut_failed.store(step.is_err(), Ordering::Relaxed);
+        more = step?;
     }
     Ok(())
 }
@@ -283,12 +286,39 @@ pub(crate) async fn finish_orphans(core: &Arc<Core>, io: &Io) -> Result<()> {
     }
 }
 
-/// Goes on with a truncate that a crash interrupted. The file is not open: the mount is not ready yet.
+/// Cuts off what a crash left behind the end of a file: of a long truncate, or of writes that were finished before others that the end
+/// waited for. Blocks that were preallocated there stay: they read as zeroes in any case, and are promised. The mount is not ready
+/// yet; the file stays in memory as one that changed, until the next commit has stored its inode.
 async fn finish_truncate(core: &Arc<Core>, io: &Io, id: InodeId) -> Result<()> {
     let inode = transact(core, io, |t| inodes::expect(t, id)).await?;
     let file = Arc::new(FileInner::new(id, b"", inode, false));
     let kept = FileBlock::at_or_after(inode.size);
-    while drop_step(core, io, id, Some(&file), kept, Work::Truncate).await? {}
-    core.meta.lock().open.remove(&id);
-    Ok(())
+    let mut from = kept;
+    loop {
+        let (next, done) = transact(core, io, |t| {
+            let step = t.meta.drop_step();
+            let found = extents::overlapping(t, id, from, FileBlock(FILE_BLOCKS_MAX), step)?;
+            let done = found.len() < step;
+            let content = found.iter().filter(|extent| extent.kind != Kind::Preallocated);
+            let spans: SmallVec<[Span; 4]> =
+                content.map(|extent| (extent.at.max(kept), extent.end())).collect();
+            let plan = extents::replace(t, id, &spans, &[])?;
+            orphans::touch(t, id)?;
+            t.ready(plan.len() + 1)?;
+            plan.apply(t)?;
+            t.change_inode(&file, |inode| {
+                inode.extents = inode.extents.wrapping_add_signed(plan.extents);
+                inode.blocks = inode.blocks.wrapping_add_signed(plan.blocks);
+            });
+            if done {
+                orphans::remove(t, id)?;
+            }
+            Ok((found.last().map_or(from, Extent::end), done))
+        })
+        .await?;
+        if done {
+            return Ok(());
+        }
+        from = next;
+    }
 }

@@ -164,9 +164,11 @@ impl Meta {
         (self.reserve() as usize / 8).min(DROP_STEP_MAX)
     }
 
-    /// The last generation that has a change in it.
+    /// The last generation that has a change in it. A file whose size on disk lags behind what is finished is a change to come: what holds
+    /// it back may have ended, in whatever way, since the last commit looked.
     pub(crate) fn last_changed(&self) -> Generation {
-        if self.changed { self.generation } else { Generation(self.generation.0 - 1) }
+        let changed = self.changed || !self.dirty.is_empty();
+        if changed { self.generation } else { Generation(self.generation.0 - 1) }
     }
 
     /// Blocks that writes may still take.

@@ -49,6 +49,16 @@ pub(crate) enum At {
     End,
 }
 
+impl At {
+    /// Where nothing would be written, at this moment.
+    fn now(self, file: &FileInner) -> u64 {
+        match self {
+            At::Offset(offset) => offset,
+            At::End => file.size(),
+        }
+    }
+}
+
 /// Writes buffers, one behind the other; without a copy when offset and lengths are whole blocks. Returns the byte offset that they went
 /// to.
 pub(crate) async fn write_bufs(
@@ -62,6 +72,9 @@ pub(crate) async fn write_bufs(
         return (Err(error), bufs);
     }
     let inner = file.inner();
+    if bufs.is_empty() {
+        return (Ok(at.now(inner)), bufs);
+    }
     let (_guard, offset, place) = match lock_and_place(core, io, inner, at, Data::Bufs(&bufs)).await {
         Ok(locked) => locked,
         Err(error) => return (Err(error), bufs),
@@ -117,6 +130,9 @@ pub(crate) fn flat(bufs: &Segments) -> Cow<'_, [u8]> {
 pub(crate) async fn write_slice(core: &Arc<Core>, io: &Io, file: &File, at: At, data: &[u8]) -> Result<u64> {
     file.check_writable()?;
     let inner = file.inner();
+    if data.is_empty() {
+        return Ok(at.now(inner));
+    }
     let (_guard, offset, place) = lock_and_place(core, io, inner, at, Data::Slice(data)).await?;
     copy_in(core, io, inner, offset, place, data).await?;
     Ok(offset)

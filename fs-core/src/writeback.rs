@@ -69,9 +69,15 @@ pub(crate) async fn range(
     blocks: Range<u64>,
 ) -> Result<()> {
     let Some(pages) = file.pages_if_any() else { return Ok(()) };
-    pass(core, io, file, pages, blocks.clone(), u64::MAX).await.1?;
-    file.ordered.wait(blocks).await;
-    Ok(())
+    loop {
+        let failures = pages.failures();
+        pass(core, io, file, pages, blocks.clone(), u64::MAX).await.1?;
+        file.ordered.wait(blocks.clone()).await;
+        // What others had under way may be dirty again.
+        if pages.failures() == failures {
+            return Ok(());
+        }
+    }
 }
 
 /// The same for a sync: an earlier failure is an error too.
@@ -433,15 +439,17 @@ impl<'a> Pass<'a> {
         drop(sent);
         let again = self.pages.fail_writeback(self.file, &batch);
         reservation.into_pool(again);
-        drop(slot);
+        // Before the ordered extent ends: who waits for it looks at these next.
+        self.pages.note_failure();
         if matches!(error, Error::NoSpace { .. }) && self.space_rounds < SPACE_ROUNDS_MAX {
             let first = batch.pages.first().map_or(0, |(block, _)| block / UNIT_BLOCKS);
             self.again = Some(self.again.map_or(first, |again| again.min(first)));
-            return;
+        } else {
+            log::warn!("{}: writing {:?} back: {error}", self.core.device.name(), self.file.id);
+            self.pages.note_error(&error);
+            self.error.get_or_insert(error);
         }
-        log::warn!("{}: writing {:?} back: {error}", self.core.device.name(), self.file.id);
-        self.pages.note_error(&error);
-        self.error.get_or_insert(error);
+        drop(slot);
     }
 
     /// What was reserved is pending, or held by readers.

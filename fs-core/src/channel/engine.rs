@@ -109,7 +109,7 @@ impl Engine {
 
     /// Operations that are not finished.
     pub(super) fn active(&self) -> usize {
-        self.active + self.reads.active()
+        self.active + self.reads.active() + self.io.spawned()
     }
 
     /// Requests at the device.

@@ -198,6 +198,11 @@ impl Shared {
         *self.sleeper.lock() = thread;
     }
 
+    /// Tasks that the engine has not taken over yet.
+    pub(super) fn spawned(&self) -> usize {
+        self.spawned.lock().len()
+    }
+
     pub(super) fn take_spawned(&self) -> Vec<Task> {
         std::mem::take(&mut *self.spawned.lock())
     }

@@ -260,8 +260,13 @@ impl Channel {
                 return value;
             }
             let mut idle = 0;
-            while !self.block_waker.woken.swap(false, Ordering::Acquire) {
-                if self.drive() {
+            // Once in any case: what the future has started is for the channel to begin.
+            loop {
+                let advanced = self.drive();
+                if self.block_waker.woken.swap(false, Ordering::Acquire) {
+                    break;
+                }
+                if advanced {
                     idle = 0;
                 } else if idle < SPINS_BEFORE_SLEEP {
                     idle += 1;

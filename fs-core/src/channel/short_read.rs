@@ -21,7 +21,11 @@ impl Channel {
         self.stamp();
         let mut engine = self.shared.engine.lock();
         self.hand_over(&mut engine);
-        engine.start_waited(file, offset, buf)?;
+        if let Err(buf) = engine.start_waited(file, offset, buf) {
+            // What was handed over is started.
+            engine.poll();
+            return Err(buf);
+        }
         let mut idle = 0;
         loop {
             for _ in 0..POLLS_AT_ONCE {

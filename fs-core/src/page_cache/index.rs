@@ -101,6 +101,8 @@ pub(crate) struct FilePages {
     state: Mutex<State>,
     /// Pages that are dirty or in write-back. Written under the lock; readers of the file look at it without.
     busy: AtomicU64,
+    /// Flights of write-back that have failed.
+    failures: AtomicU64,
     /// Whose turn it is to write the file back: one at a time, so that its blocks are allocated in the order of the file.
     pub(crate) turn: RangeLock,
 }
@@ -164,6 +166,7 @@ impl FilePages {
             id,
             state: Mutex::default(),
             busy: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
             turn: RangeLock::default(),
         })
     }
@@ -207,6 +210,16 @@ impl FilePages {
     pub(crate) fn note_error(&self, error: &Error) {
         self.state.lock().error.get_or_insert_with(|| error.clone());
         self.cache.failed.lock().insert(self.id, Weak::clone(&self.myself));
+    }
+
+    /// A flight has failed: its pages are dirty again.
+    pub(crate) fn note_failure(&self) {
+        // Release: pairs with the acquire in `failures`.
+        self.failures.fetch_add(1, Ordering::Release);
+    }
+
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Acquire)
     }
 
     // ---- reading
