@@ -593,3 +593,30 @@ fn readers_at_the_end_of_a_growing_file_never_see_more_than_data() {
     }
     check(&fs, &channel);
 }
+
+/// A reader that waits for nothing any more has started to read ahead. Somebody else who wants what it brings gets it, though the first
+/// never polls its channel again.
+#[test]
+fn what_is_read_ahead_comes_without_its_reader() {
+    let _watchdog = Watchdog::start("what_is_read_ahead_comes", 0, 60);
+    let device = TestDevice::new(64 * MIB);
+    let fs = fresh(&device.device, &quiet());
+    let channel = fs.channel().expect("channel");
+    let file = channel.open("f", CREATE).expect("open");
+    channel.write(&file, 0, &pattern(1, 1 << 20)).expect("write");
+    drop(file);
+    let file = channel.open("f", BUFFERED).expect("open");
+    let mut block = vec![0; BLOCK as usize];
+    for at in 0..2 {
+        channel.read(&file, at * BLOCK, &mut block).expect("read");
+    }
+    std::thread::scope(|scope| {
+        let (fs, file) = (&fs, file.clone());
+        scope.spawn(move || {
+            let channel = fs.channel().expect("channel");
+            let mut found = vec![0; 4 * BLOCK as usize];
+            channel.read(&file, 2 * BLOCK, &mut found).expect("read");
+            assert!(found == pattern(1, 1 << 20)[2 * BLOCK as usize..][..found.len()]);
+        });
+    });
+}

@@ -313,3 +313,31 @@ fn a_dropped_channel_ends_its_reads() {
     }
     check(&fs, &other);
 }
+
+/// A blocking read that needs no device comes between reads that are submitted: they are answered all the same, once.
+#[test]
+fn a_blocking_read_amid_submitted_ones() {
+    let _watchdog = Watchdog::start("a_blocking_read_amid_submitted_ones", 0, 60);
+    let device = TestDevice::new(64 * MIB);
+    let fs = fresh(&device.device, &quiet());
+    let channel = fs.channel().unwrap();
+    let file = channel.open("f", OpenFlags::CREATE).unwrap();
+    channel.write(&file, 0, &pattern(1, LEN)).unwrap();
+    channel.truncate(&file, 1 << 20).unwrap();
+    channel.submit_read(&file, 0, channel.buffer(LEN).unwrap(), 1);
+    let mut hole = vec![1; LEN];
+    assert_eq!(channel.read(&file, 512 << 10, &mut hole).unwrap(), LEN);
+    assert!(hole.iter().all(|byte| *byte == 0));
+    channel.submit_read(&file, 0, channel.buffer(LEN).unwrap(), 2);
+    let mut done = Vec::new();
+    while done.len() < 2 {
+        channel.poll(&mut done);
+    }
+    let mut tags: Vec<u64> = done.iter().map(|done| done.tag).collect();
+    tags.sort_unstable();
+    assert_eq!(tags, [1, 2]);
+    for answer in done {
+        assert!(answer.bufs.into_one().unwrap()[..] == pattern(1, LEN)[..]);
+    }
+    assert_eq!(channel.in_flight(), 0);
+}

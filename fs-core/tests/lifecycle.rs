@@ -400,3 +400,35 @@ fn channels_left_alone_do_not_stop_the_others() {
 fn file_of(channel: &Channel) -> File {
     channel.open("a", OpenFlags::READ_ONLY).unwrap()
 }
+
+/// A write of nothing is nothing, wherever it goes: neither size nor content nor version change.
+#[test]
+fn writing_nothing_changes_nothing() {
+    let _watchdog = Watchdog::start("writing nothing", 0, 60);
+    let device = TestDevice::new(16 * MIB);
+    let fs = fresh(&device.device, &quiet());
+    let channel = fs.channel().unwrap();
+    for (name, content) in [("empty", 0), ("inline", 10), ("block", 5000)] {
+        for flags in [OpenFlags::CREATE, OpenFlags::CREATE | OpenFlags::BUFFERED] {
+            let file = channel.open(name, flags).unwrap();
+            channel.write(&file, 0, &pattern(1, content)).unwrap();
+            let before = channel.stat_file(&file).unwrap();
+            for offset in [0, 5, 500, 4096, 10_000] {
+                channel.write(&file, offset, &[]).unwrap();
+                channel.writev(&file, offset, &[]).unwrap();
+                channel.write_buf(&file, offset, channel.buffer(0).unwrap()).0.unwrap();
+                channel.writev_bufs(&file, offset, Vec::new()).0.unwrap();
+                let nothing = vec![channel.buffer(0).unwrap(), channel.buffer(0).unwrap()];
+                channel.writev_bufs(&file, offset, nothing).0.unwrap();
+                assert_eq!(channel.read(&file, offset, &mut []).unwrap(), 0);
+                assert_eq!(channel.readv(&file, offset, &mut []).unwrap(), 0);
+                assert_eq!(channel.readv_bufs(&file, offset, Vec::new()).0.unwrap(), 0);
+            }
+            assert_eq!(channel.append(&file, &[]).unwrap(), content as u64);
+            assert_eq!(channel.stat_file(&file).unwrap(), before, "{name}");
+            let mut found = vec![0; content + 1];
+            assert_eq!(channel.read(&file, 0, &mut found).unwrap(), content);
+            assert!(found[..content] == pattern(1, content));
+        }
+    }
+}

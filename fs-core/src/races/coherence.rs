@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bdev_adapter::mem::MemDevice;
 use bdev_adapter::wrap::fault::{Effect, Fault, FaultPlan, Target, When};
 use bdev_adapter::{Device, IoErrorKind};
-use fs_core::{Error, OpenFlags};
+use fs_core::{Error, ExtentState, Growth, OpenFlags};
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
@@ -164,6 +164,49 @@ pub(super) fn a_commit_stores_no_size_that_covers_an_unfinished_write() {
     let fs = mount(&synced, &quiet());
     let channel = fs.channel().expect("channel");
     assert_eq!(channel.open("f", OpenFlags::READ_ONLY).expect("open").size(), 48 * BLOCK);
+    check(&fs, &channel);
+}
+
+/// After such a crash: recovery has cut the file, and its inode waits for the next commit. Who opens it and appends must find all of that
+/// after the next crash, the counts of its extents included; and blocks that were preallocated behind the end are still there.
+#[test]
+pub(super) fn what_recovery_has_cut_can_be_synced() {
+    let scene = Scene::new("what_recovery_has_cut_can_be_synced");
+    scene.a.preallocate(&scene.direct, 64 * BLOCK, 8 * BLOCK, Growth::Keep).expect("preallocate");
+    scene.a.sync().expect("sync");
+    let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
+    scene.gate.keep(Keep::Writes);
+    let mut first = scene.write(&scene.a, &scene.direct, 16 * BLOCK, &pattern(1, 16 * ONE));
+    assert!(step(&mut first).is_none());
+    scene.gate.keep(Keep::Reads);
+    let mut second = scene.write(&scene.b, &scene.direct, 32 * BLOCK, &pattern(2, 16 * ONE));
+    step(&mut second).expect("answered").expect("write");
+    let mut commit: Run<'_, _> = Box::pin(scene.b.sync_file_async(&other));
+    step(&mut commit).expect("it has no part in it").expect("sync");
+    let crashed = MemDevice::from_image(&scene.memory.snapshot()).expect("a device");
+    scene.gate.keep(Keep::Nothing);
+    step(&mut first).expect("answered").expect("write");
+    drop((first, second, commit));
+    scene.end();
+
+    let device: Arc<dyn Device> = Arc::clone(&crashed) as Arc<dyn Device>;
+    let fs = mount(&device, &quiet());
+    let channel = fs.channel().expect("channel");
+    let file = channel.open("f", OpenFlags::READ_WRITE).expect("open");
+    assert_eq!((file.name(), file.size()), (b"f".to_vec(), 16 * BLOCK));
+    let extents = channel.extents(&file, 0, u64::MAX).map(|extent| extent.expect("an extent"));
+    let kept: Vec<_> = extents.filter(|extent| extent.state == ExtentState::Preallocated).collect();
+    assert_eq!((kept.len(), kept[0].offset, kept[0].len), (1, 64 * BLOCK, 8 * BLOCK), "a promise was broken");
+    channel.append(&file, &pattern(3, ONE)).expect("append");
+    channel.sync_file(&file).expect("sync");
+    let crashed: Arc<dyn Device> = MemDevice::from_image(&crashed.snapshot()).expect("a device");
+    let fs = mount(&crashed, &quiet());
+    let channel = fs.channel().expect("channel");
+    let file = channel.open("f", OpenFlags::READ_ONLY).expect("open");
+    let mut found = vec![0; ONE];
+    assert_eq!(file.size(), 17 * BLOCK, "a synced append is lost");
+    channel.read(&file, 16 * BLOCK, &mut found).expect("read");
+    assert!(found == pattern(3, ONE));
     check(&fs, &channel);
 }
 
