@@ -7,7 +7,7 @@
 //! 3. reserve space for the pages that are not dirty yet ([`Reservation`]): want of space is answered here and never later. If space
 //!    might come back with write-back of other pages, that is tried once, without the lock; then the direct way, which can do without
 //!    space where blocks were preallocated;
-//! 4. put the pages in and mark them dirty, all in one step ([`FilePages::write`]), then let the file grow ([`accept`]);
+//! 4. put the pages in and mark them dirty, up to 1 MiB in one step ([`FilePages::write`]), then let the file grow ([`accept`]);
 //! 5. unlock; if too much of the cache is dirty, help to write back ([`writeback::throttle`]).
 //!
 //! Rule 2 of the design: the range is held from before step 2 until the size is grown. The write need not look for ordered

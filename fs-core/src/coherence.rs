@@ -120,8 +120,8 @@ pub(crate) async fn lock_exclusive(
     lock_all(core, io, &[(file, range)], pages).await
 }
 
-/// The same for several ranges of several files, in the order of (inode, offset), which are disjoint and not adjacent: all are held at
-/// once, and all are given up when one of them has to wait.
+/// The same for ranges of several files, one of each, in the order of inodes: all are held at once, and all are given up when one of
+/// them has to wait.
 pub(crate) async fn lock_all(
     core: &Arc<Core>,
     io: &Io,
@@ -131,31 +131,13 @@ pub(crate) async fn lock_all(
     let mut round = 0;
     loop {
         let mut guards = SmallVec::new();
-        for (file, range) in to_lock(wanted, round >= ROUNDS) {
-            guards.push(file.lock.lock(range, Mode::Exclusive).await);
+        for (file, range) in wanted {
+            guards.push(file.lock.lock(rounded(range, round >= ROUNDS), Mode::Exclusive).await);
         }
         if let Some(guards) = clear(core, io, wanted, pages, guards, &mut round).await? {
             return Ok(guards);
         }
     }
-}
-
-/// The ranges to be locked: rounded out, and joined where they meet.
-fn to_lock<'a>(
-    wanted: &[(&'a Arc<FileInner>, Range<u64>)],
-    wide: bool,
-) -> SmallVec<[(&'a Arc<FileInner>, Range<u64>); 1]> {
-    let mut all: SmallVec<[(&Arc<FileInner>, Range<u64>); 1]> = SmallVec::new();
-    for (file, range) in wanted {
-        let range = rounded(range, wide);
-        match all.last_mut() {
-            Some((last, before)) if last.id == file.id && before.end >= range.start => {
-                before.end = before.end.max(range.end);
-            }
-            _ => all.push((file, range)),
-        }
-    }
-    all
 }
 
 /// Steps 2 and 3, with the ranges held by `guards`. Gives the guards back when all is clear; else the caller locks again.

@@ -18,7 +18,7 @@
 //! for each dirty page -> [`Reservation::from_pool`] when write-back takes pages -> the block share is used up by the
 //! allocation ([`Txn::allocate_reserved`]), and comes back should the [ordered extent](crate::ordered) fail -> the rest is
 //! settled in the transaction that publishes ([`Meta::settle_shares`]), or goes back to the pool or to all. A reservation that is dropped in
-//! any other way is a bug, and asserts.
+//! any other way is a bug: it asserts, and in a release build is logged and given back.
 //!
 //! [`Txn::allocate_reserved`]: crate::txn::Txn::allocate_reserved
 

@@ -3,7 +3,7 @@
 //! A thread opens a [`Channel`], submits operations and polls it; see the crate documentation for the model. The parts, in the
 //! order in which an operation meets them: [`operation`] (what can be asked), [`engine`] (drives operations), [`io`] (how they
 //! reach the device), [`fast_read`] (the short way of a direct read) and [`short_read`] (to wait for one), [`holds`] (what a read keeps from reuse),
-//! [`future`] and the blocking calls in [`calls`].
+//! [`future`] and the blocking calls in [`calls`] and [`space_calls`].
 
 mod calls;
 mod space_calls;

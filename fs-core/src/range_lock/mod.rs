@@ -32,7 +32,8 @@
 //! No upgrade from shared to exclusive, no recursion (who locks what it holds waits for itself), no deadlock detection between range
 //! locks of several files. Stripes are allocated by the first request, half a KiB for a file, and stay until the file is closed.
 //!
-//! Lock order: range locks come before the metadata lock; several ranges are taken in (inode, offset) order.
+//! Lock order: range locks come before the metadata lock; those of several files are taken in the order of inodes, and never two of one
+//! file: requests are served in turn, so a third one between the two, which wants both, would wait for the first, and the second for it.
 
 mod list;
 mod node;
