@@ -28,7 +28,7 @@ use crate::records::extents::Content;
 use crate::store::{self, Sent};
 use crate::txn::Room;
 use crate::types::{BLOCK_SHIFT, BLOCK_SIZE, FileBlock, InodeId};
-use crate::{inline, read};
+use crate::{inline, read, writeback};
 
 /// Most bytes in a [`WriteBatch`].
 pub const WRITE_BATCH_BYTES_MAX: usize = 4 << 20;
@@ -185,6 +185,10 @@ enum Prepared {
 
 /// See the module documentation.
 pub(crate) async fn write(core: &Arc<Core>, io: &Io, batch: &WriteBatch) -> Result<()> {
+    writeback::with_room(core, io, || write_once(core, io, batch)).await
+}
+
+async fn write_once(core: &Arc<Core>, io: &Io, batch: &WriteBatch) -> Result<()> {
     if batch.bytes > WRITE_BATCH_BYTES_MAX as u64 || batch.blocks > WRITE_BATCH_BLOCKS_MAX as u64 {
         return Err(Error::BatchTooLarge { bytes: batch.bytes, blocks: batch.blocks });
     }

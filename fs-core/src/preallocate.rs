@@ -31,6 +31,7 @@ use crate::records::extents::{self, Kind, Span};
 use crate::txn::{Room, transact};
 use crate::types::{FileBlock, Run};
 use crate::write::At;
+use crate::writeback;
 
 /// Runs that are allocated and published in one transaction.
 const RUNS: usize = 256;
@@ -52,7 +53,17 @@ pub(crate) async fn preallocate(
     if len == 0 {
         return Ok(());
     }
-    let file = file.inner();
+    writeback::with_room(core, io, || preallocate_once(core, io, file.inner(), offset, len, growth)).await
+}
+
+async fn preallocate_once(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    offset: u64,
+    len: u64,
+    growth: Growth,
+) -> Result<()> {
     let (_guard, _) = coherence::lock_direct(core, io, file, At::Offset(offset), len).await?;
     let end = offset + len;
     let range = (FileBlock::containing(offset), FileBlock::at_or_after(end));
@@ -74,7 +85,17 @@ pub(crate) async fn zero(
     if len == 0 {
         return Ok(());
     }
-    let file = file.inner();
+    writeback::with_room(core, io, || zero_once(core, io, file.inner(), offset, len, growth)).await
+}
+
+async fn zero_once(
+    core: &Arc<Core>,
+    io: &Io,
+    file: &Arc<FileInner>,
+    offset: u64,
+    len: u64,
+    growth: Growth,
+) -> Result<()> {
     let (_guard, _) = coherence::lock_direct(core, io, file, At::Offset(offset), len).await?;
     let end = offset + len;
     let zeroed = Zeroed::new(offset, end, file.size());

@@ -23,7 +23,7 @@ use crate::store::{self, Stored};
 use crate::txn::{Room, transact};
 use crate::types::{BLOCK_SIZE, FileBlock};
 use crate::write::At;
-use crate::{inline, read};
+use crate::{inline, read, writeback};
 
 /// A range of bytes of a file, as blocks: whole ones, and what it has of those at its edges.
 pub(crate) struct Zeroed {
@@ -107,7 +107,10 @@ pub(crate) async fn punch(core: &Arc<Core>, io: &Io, file: &File, offset: u64, l
     if offset >= end {
         return Ok(());
     }
-    let file = file.inner();
+    writeback::with_room(core, io, || punch_once(core, io, file.inner(), offset, end)).await
+}
+
+async fn punch_once(core: &Arc<Core>, io: &Io, file: &Arc<FileInner>, offset: u64, end: u64) -> Result<()> {
     let (_guard, _) = coherence::lock_direct(core, io, file, At::Offset(offset), end - offset).await?;
     let range = Zeroed::new(offset, end, file.size());
     let (mut from, to) = range.whole;

@@ -130,6 +130,22 @@ pub(crate) async fn transact_with_room<T>(
     }
 }
 
+/// The same for a whole operation, which may be done again after it has failed.
+pub(crate) async fn with_room<F: Future<Output = Result<()>>>(
+    core: &Arc<Core>,
+    io: &Io,
+    operation: impl Fn() -> F,
+) -> Result<()> {
+    match operation().await {
+        Err(Error::NoSpace { .. }) if may_free(core) => {
+            // Their errors are noted with their files.
+            let _ = all(core, io).await;
+            operation().await
+        }
+        result => result,
+    }
+}
+
 /// Whether so much is dirty that writers have to help.
 pub(crate) fn is_too_much(core: &Core) -> bool {
     core.pages.busy_pages() > core.pages.dirty_limit()
@@ -363,7 +379,11 @@ impl<'a> Pass<'a> {
         let used = page.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
         let end = used.max(usize::try_from(batch.end).unwrap_or(usize::MAX));
         let Some(bytes) = page.get(..end) else { return Ok(None) };
-        inline::content_after(self.core, self.io, self.file, &[(0, bytes)]).await
+        match inline::content_after(self.core, self.io, self.file, &[(0, bytes)]).await {
+            // A block is reserved for it; room in the tree is not.
+            Err(Error::NoSpace { .. }) => Ok(None),
+            content => content,
+        }
     }
 
     /// Copies the pages of `batch` and sends them.

@@ -98,9 +98,9 @@ pub(crate) enum Op {
 }
 
 impl Op {
-    /// True when there is a future for it and it can be submitted.
+    /// True when there is a future for it and it can be submitted; and what it answers does not depend on all that is under way.
     pub(crate) fn is_asynchronous(&self) -> bool {
-        !matches!(self, Op::ListAll { .. })
+        !matches!(self, Op::ListAll { .. } | Op::StatFs)
     }
 
     /// The handle that it works with.
