@@ -153,7 +153,7 @@ spdk_is_there() {
 # Tests under a model checker, in a build of its own (fs-core/src/sync.rs): loom has all schedules of the lock-free parts, shuttle random
 # ones of them and of whole operations.
 model_checker() {
-  local tests=range_lock
+  local tests=loom_tests
   if [ "$1" = shuttle ]; then tests=shuttle_tests; fi
   step "$1: $tests" env RUSTFLAGS="--cfg $1" CARGO_TARGET_DIR="$(target_dir)/$1" CARGO_PROFILE_TEST_DEBUG=0 \
     cargo test --locked -p fs-core --lib "$tests"

@@ -9,6 +9,7 @@ use crate::channel::io::Io;
 use crate::channel::operation::{Operation, Output};
 use crate::core::Core;
 use crate::error::Result;
+use crate::preallocate::Content;
 use crate::{batch, buffered, commit, layout, namespace, preallocate, punch, truncate, write};
 
 /// Does `operation`; its buffers come back whatever happens.
@@ -49,10 +50,14 @@ async fn run_without_buffer(core: &Arc<Core>, io: &Io, operation: Operation) -> 
     Ok(match operation {
         Operation::Truncate { file, size } => truncate::truncate(core, io, &file, size).await.map(done)?,
         Operation::Preallocate { file, offset, len, growth } => {
-            preallocate::preallocate(core, io, &file, offset, len, growth).await.map(done)?
+            preallocate::preallocate(core, io, &file, (offset, len), Content::Stays, growth)
+                .await
+                .map(done)?
         }
         Operation::Zero { file, offset, len, growth } => {
-            preallocate::zero(core, io, &file, offset, len, growth).await.map(done)?
+            preallocate::preallocate(core, io, &file, (offset, len), Content::Zeroed, growth)
+                .await
+                .map(done)?
         }
         Operation::Punch { file, offset, len } => {
             punch::punch(core, io, &file, offset, len).await.map(done)?

@@ -152,13 +152,11 @@ impl Slot {
 
     /// The same for a writer that holds the range exclusively and has waited for others. The bound is that of a write which ends
     /// with the range.
+    ///
+    /// Under the metadata lock, so that nothing is finished, and no commit stores a size, between the look at the size and the bound: a
+    /// sync that comes later waits for this write, or does not see it.
     pub(crate) fn register(core: &Arc<Core>, file: &Arc<FileInner>, at: FileBlock, blocks: u64) -> Arc<Slot> {
-        let end = at.plus(blocks);
-        // Size and bound under the metadata lock, so that nothing is finished, and no commit stores a size, between the two: a sync that
-        // comes later waits for this write, or does not see it. (A file that is long enough stays so while the range is held.)
-        let extends = end.byte() > file.size();
-        let _meta = extends.then(|| core.meta.lock());
-        let size = file.size();
+        let (size, end) = (file.size(), at.plus(blocks));
         let bound = if end.byte() > size { size.max(at.byte()) } else { NO_BOUND };
         Slot::try_register(core, file, &(at.0..end.0), bound)
             .expect("who holds a range exclusively has waited for the ordered extents in it")

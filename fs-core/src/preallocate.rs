@@ -40,69 +40,49 @@ const BLOCKS: u64 = 1 << 19;
 /// Records of a file looked at in one transaction, and replaced in one.
 const RECORDS: usize = 256;
 
-/// Gives the holes of a range blocks.
+/// What becomes of the content of a range that gets blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content {
+    Stays,
+    /// It is dropped: the range reads as zeroes.
+    Zeroed,
+}
+
+/// Gives a range blocks where it has none, and where its content is dropped.
 pub(crate) async fn preallocate(
     core: &Arc<Core>,
     io: &Io,
     file: &File,
-    offset: u64,
-    len: u64,
+    (offset, len): (u64, u64),
+    content: Content,
     growth: Growth,
 ) -> Result<()> {
     file.check_writable()?;
     if len == 0 {
         return Ok(());
     }
-    writeback::with_room(core, io, || preallocate_once(core, io, file.inner(), offset, len, growth)).await
+    writeback::with_room(core, io, || once(core, io, file.inner(), (offset, len), content, growth)).await
 }
 
-async fn preallocate_once(
+async fn once(
     core: &Arc<Core>,
     io: &Io,
     file: &Arc<FileInner>,
-    offset: u64,
-    len: u64,
+    (offset, len): (u64, u64),
+    content: Content,
     growth: Growth,
 ) -> Result<()> {
     let (_guard, _) = coherence::lock_direct(core, io, file, At::Offset(offset), len).await?;
     let end = offset + len;
+    let zeroed = (content == Content::Zeroed).then(|| Zeroed::new(offset, end, file.size()));
     let range = (FileBlock::containing(offset), FileBlock::at_or_after(end));
-    let gaps = lacking(core, io, file, range, (range.1, range.1)).await?;
+    let anew = zeroed.as_ref().map_or((range.1, range.1), |zeroed| zeroed.whole);
+    let gaps = lacking(core, io, file, range, anew).await?;
     let promises = allocate(core, io, &gaps).await?;
-    publish_all(core, io, file, promises, Edges::default(), growth.size(end)).await
-}
-
-/// Lets a range read as zeroes, and keeps blocks for it.
-pub(crate) async fn zero(
-    core: &Arc<Core>,
-    io: &Io,
-    file: &File,
-    offset: u64,
-    len: u64,
-    growth: Growth,
-) -> Result<()> {
-    file.check_writable()?;
-    if len == 0 {
-        return Ok(());
-    }
-    writeback::with_room(core, io, || zero_once(core, io, file.inner(), offset, len, growth)).await
-}
-
-async fn zero_once(
-    core: &Arc<Core>,
-    io: &Io,
-    file: &Arc<FileInner>,
-    offset: u64,
-    len: u64,
-    growth: Growth,
-) -> Result<()> {
-    let (_guard, _) = coherence::lock_direct(core, io, file, At::Offset(offset), len).await?;
-    let end = offset + len;
-    let zeroed = Zeroed::new(offset, end, file.size());
-    let range = (FileBlock::containing(offset), FileBlock::at_or_after(end));
-    let gaps = lacking(core, io, file, range, zeroed.whole).await?;
-    let promises = allocate(core, io, &gaps).await?;
-    let edges = punch::edges(core, io, file, &zeroed, Room::Data).await?;
+    let edges = match &zeroed {
+        Some(zeroed) => punch::edges(core, io, file, zeroed, Room::Data).await?,
+        None => Edges::default(),
+    };
     publish_all(core, io, file, promises, edges, growth.size(end)).await
 }
 

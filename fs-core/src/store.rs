@@ -33,8 +33,9 @@ pub(crate) async fn place(
     blocks: u64,
     room: fn(u64) -> Room,
 ) -> Result<Ordered> {
-    let slot = Slot::register(core, file, at, blocks);
+    let mut slot = None;
     let (runs, promised) = transact(core, io, |t| {
+        slot.get_or_insert_with(|| Slot::register(core, file, at, blocks));
         let kept = promised(t, file, at, at.plus(blocks))?;
         let fresh = blocks - blocks_of(&kept);
         t.check_room(if fresh == 0 { Room::Promised } else { room(fresh) })?;
@@ -42,7 +43,7 @@ pub(crate) async fn place(
         Ok(fill_gaps(t, (at, at.plus(blocks)), runs, &kept))
     })
     .await?;
-    Ok(Ordered::new(core, Some(&slot), runs).with_promised(promised))
+    Ok(Ordered::new(core, slot.as_ref(), runs).with_promised(promised))
 }
 
 /// The same for several spans of a file that are written back: what is allocated comes from what the file has reserved. `slot` has

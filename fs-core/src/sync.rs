@@ -8,7 +8,8 @@
 //!
 //! All mutexes of the crate are this one, but for that of the arena of the extent maps: nothing is called under it. So shuttle may switch
 //! threads at each of them, and never while a lock is held that it does not know (those of devices are taken and given back inside of one
-//! call). Atomics and cells are those of `range_lock`; other structures take theirs from `std`: shuttle does not switch there.
+//! call). Atomics and cells are those of `range_lock` and, for loom, of `channel::holds`; other structures take theirs from `std`: shuttle
+//! does not switch there.
 //!
 //! A thread that has to wait without a lock to wait for calls [`pause`].
 
@@ -18,13 +19,15 @@ use std::time::Duration;
 #[cfg(loom)]
 pub(crate) use loom::cell::UnsafeCell;
 #[cfg(loom)]
-pub(crate) use loom::sync::atomic::AtomicPtr;
+pub(crate) use loom::sync::atomic::{AtomicPtr, AtomicU64, fence};
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use parking_lot::Mutex;
 #[cfg(shuttle)]
 pub(crate) use shuttle::sync::atomic::AtomicPtr;
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use std::sync::atomic::AtomicPtr;
+#[cfg(not(loom))]
+pub(crate) use std::sync::atomic::{AtomicU64, fence};
 
 /// Polls without progress after which a thread stops to burn its core. Under shuttle each is a switch.
 pub(crate) const SPINS_BEFORE_SLEEP: u32 = if cfg!(shuttle) { 8 } else { 4000 };

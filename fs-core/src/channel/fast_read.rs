@@ -62,9 +62,15 @@ struct Queued {
     tag: u64,
     /// One buffer, until it is sent.
     bufs: Segments,
-    len: usize,
     /// Which of the files that were accepted with it.
     file: u32,
+}
+
+impl Queued {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.bufs.len() as usize
+    }
 }
 
 impl Accepted {
@@ -78,7 +84,7 @@ impl Accepted {
             self.files.push(file.clone());
         }
         let file = self.files.len() as u32 - 1;
-        self.reads.push(Queued { offset, tag, len: buf.len(), bufs: buf.into(), file });
+        self.reads.push(Queued { offset, tag, bufs: buf.into(), file });
     }
 
     /// Gives them up, each with its tag.
@@ -218,8 +224,8 @@ impl FastReads {
         let mut send = |this: &mut FastReads, place: Option<Place>, read: &mut Queued| {
             let slot = adopted[read.file as usize];
             let new = Slot::new(read.tag, read.offset, hold, slot);
-            if let Some((addr, index)) = place.and_then(|place| this.take_slot(place, read.len, new)) {
-                bytes += read.len as u64;
+            if let Some((addr, index)) = place.and_then(|place| this.take_slot(place, read.len(), new)) {
+                bytes += read.len() as u64;
                 this.files[slot as usize].reads += 1;
                 let bufs = std::mem::take(&mut read.bufs);
                 queue_pair.submit(Request::read(addr, bufs, FAST_READ | u64::from(index)));
@@ -230,7 +236,7 @@ impl FastReads {
             }
         };
         if let [read] = reads {
-            let place = self.look_up_one(&files[read.file as usize], read.offset, read.len);
+            let place = self.look_up_one(&files[read.file as usize], read.offset, read.len());
             send(self, place, read);
         } else {
             let places = self.look_up(files, reads);
@@ -270,14 +276,14 @@ impl FastReads {
                 (view, direct) = view_of(file);
             }
             *query = (view, FileBlock::containing(read.offset));
-            fits |= u32::from(direct && is_short_and_whole(read.offset, read.len, view.size())) << index;
+            fits |= u32::from(direct && is_short_and_whole(read.offset, read.len(), view.size())) << index;
         }
         let mut entries = [Entry::EMPTY; BATCH];
         View::lookup_across(&queries[..batch.len()], &mut entries);
         let mut elsewhere = 0;
         for (index, (read, place)) in batch.iter().zip(&mut places).enumerate() {
             if fits & 1 << index != 0 {
-                *place = place_of(&entries[index], FileBlock::containing(read.offset), read.len);
+                *place = place_of(&entries[index], FileBlock::containing(read.offset), read.len());
                 elsewhere += u32::from(place.is_some_and(|place| place.sum.is_none()));
             }
         }

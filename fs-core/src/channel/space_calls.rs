@@ -8,6 +8,7 @@ use super::{Channel, OpFuture};
 use crate::batch::WriteBatch;
 use crate::error::Result;
 use crate::file::File;
+use crate::preallocate::Content;
 use crate::{batch, layout, preallocate, punch};
 
 /// Extents per page of a listing.
@@ -30,7 +31,15 @@ impl Channel {
     /// [`Error::FileTooLarge`]: crate::Error::FileTooLarge
     /// [`Error::ReadOnly`]: crate::Error::ReadOnly
     pub fn preallocate(&self, file: &File, offset: u64, len: u64, growth: Growth) -> Result<()> {
-        self.blocking(preallocate::preallocate(&self.core, &self.shared.io, file, offset, len, growth))
+        let range = (offset, len);
+        self.blocking(preallocate::preallocate(
+            &self.core,
+            &self.shared.io,
+            file,
+            range,
+            Content::Stays,
+            growth,
+        ))
     }
 
     /// Lets `len` bytes at `offset` read as zeroes and keeps blocks for them: what whole blocks the range has are
@@ -41,7 +50,15 @@ impl Channel {
     /// # Errors
     /// Those of [`preallocate`](Self::preallocate), and those of reading the edges.
     pub fn zero(&self, file: &File, offset: u64, len: u64, growth: Growth) -> Result<()> {
-        self.blocking(preallocate::zero(&self.core, &self.shared.io, file, offset, len, growth))
+        let range = (offset, len);
+        self.blocking(preallocate::preallocate(
+            &self.core,
+            &self.shared.io,
+            file,
+            range,
+            Content::Zeroed,
+            growth,
+        ))
     }
 
     /// Lets `len` bytes at `offset` read as zeroes and gives back the blocks that lie in the range as a whole. The size stays.

@@ -213,7 +213,20 @@ pub(super) fn what_recovery_has_cut_can_be_synced() {
 /// The first of two appends fails: the second, which a commit could not cover until then, must become durable all the same.
 #[test]
 pub(super) fn a_failed_write_does_not_hold_the_size_back_for_ever() {
-    let scene = Scene::new("a_failed_write_does_not_hold");
+    a_failed_write("a_failed_write_does_not_hold", |_| {});
+}
+
+/// The same if its blocks were preallocated: they stay with the file, so nothing is given back that a commit would notice.
+#[test]
+pub(super) fn a_failed_first_write_does_not_hold_the_size_back_for_ever() {
+    a_failed_write("a_failed_first_write_does_not_hold", |scene| {
+        scene.a.preallocate(&scene.direct, 16 * BLOCK, 16 * BLOCK, Growth::Keep).expect("preallocate");
+    });
+}
+
+fn a_failed_write(name: &str, prepare: impl FnOnce(&Scene)) {
+    let scene = Scene::new(name);
+    prepare(&scene);
     let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
     let eio = Effect::Error(IoErrorKind::Os(5));
     scene.gate.keep(Keep::Writes);
