@@ -17,7 +17,7 @@
 #   --core N       the CPU that it keeps busy (default: the last)
 #   --delay US     the time that every I/O takes, in microseconds
 #   --rpc PATH     where the target's RPC socket is (default: a temporary name)
-#   --config PATH  all of that from an SPDK configuration of your own, which listens at --port
+#   --config PATH  all of that from an SPDK configuration of your own; "listening" is said once --port accepts
 #
 # Example:
 #

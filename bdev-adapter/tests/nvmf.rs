@@ -397,10 +397,10 @@ fn namespaces_that_are_not_there_or_of_no_use() {
             {{"method":"nvmf_subsystem_add_ns","params":{{"nqn":"{nqn}","namespace":{{"nsid":1,"bdev_name":"A"}}}}}},
             {{"method":"nvmf_subsystem_add_ns","params":{{"nqn":"{nqn}","namespace":{{"nsid":3,"bdev_name":"B"}}}}}},
             {{"method":"nvmf_subsystem_add_ns","params":{{"nqn":"{nqn}","namespace":{{"nsid":5,"bdev_name":"C"}}}}}},
+            {{"method":"nvmf_subsystem_add_listener","params":{{"nqn":"{nqn}","listen_address":
+                {{"trtype":"TCP","adrfam":"IPv4","traddr":"127.0.0.1","trsvcid":"{port}"}}}}}},
             {{"method":"nvmf_create_subsystem","params":{{"nqn":"{nqn}-private","allow_any_host":false}}}},
             {{"method":"nvmf_subsystem_add_listener","params":{{"nqn":"{nqn}-private","listen_address":
-                {{"trtype":"TCP","adrfam":"IPv4","traddr":"127.0.0.1","trsvcid":"{port}"}}}}}},
-            {{"method":"nvmf_subsystem_add_listener","params":{{"nqn":"{nqn}","listen_address":
                 {{"trtype":"TCP","adrfam":"IPv4","traddr":"127.0.0.1","trsvcid":"{port}"}}}}}}]}}]}}"#
         ),
     )

@@ -65,10 +65,11 @@ pub(super) fn check(endpoint: &Endpoint, options: &NvmeOptions, uri: &str) -> Re
             Err(Error::NotFound { device: device(), why })
         }
         Err(Trouble::Status { sct: 1, sc: 0x84 }) => {
-            let why =
-                "the subsystem does not let this host in; have the target allow it, and give its name as \
-                       ?hostnqn=NQN"
-                    .to_owned();
+            // SPDK's target answers both of these with "invalid host".
+            let why = format!(
+                "the subsystem does not let this host in, or not at {address}; have the target allow the host \
+                 (its name is {host_nqn}; ?hostnqn=NQN gives another) and listen there for this subsystem"
+            );
             Err(Error::NotPermitted { device: device(), why })
         }
         Err(Trouble::Status { sct: 1, sc: 0x81 }) => Err(Error::Busy { device: device() }),
