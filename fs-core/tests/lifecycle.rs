@@ -76,6 +76,28 @@ fn detached_operations_complete_through_the_helper() {
     wait_until("a detached sync", || fs.stats().commits > 0);
 }
 
+/// Modified metadata cannot be evicted. It takes half of the node cache at most, about, whatever the interval.
+#[test]
+fn much_modified_metadata_is_committed_before_its_time() {
+    let _watchdog = Watchdog::start("much_metadata", 0, 60);
+    let device = TestDevice::new(64 * MIB);
+    let options = MountOptions {
+        node_cache_bytes: 256 << 10,
+        commit_interval: Some(Duration::from_secs(3600)),
+        ..MountOptions::default()
+    };
+    let fs = fresh(&device.device, &options);
+    let channel = fs.channel().unwrap();
+    channel.create("only").unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(fs.stats().commits, 0, "a little is no reason");
+    for i in 0..4000 {
+        channel.create(&format!("file {i}")).unwrap();
+    }
+    wait_until("a commit", || fs.stats().commits > 0);
+    wait_until("less dirty metadata", || fs.stats().dirty_nodes <= 31);
+}
+
 /// Without a helper: a thread that waits for what a channel owns that was left alone drives that channel.
 #[test]
 fn a_waiting_call_drives_the_channel_that_it_waits_for() {

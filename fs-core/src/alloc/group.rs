@@ -4,6 +4,7 @@
 
 use super::region::{Region, Span};
 use super::{GROUP_REGIONS, Stream};
+use crate::extent_map::prefetch_read;
 
 /// Regions of a full group.
 pub(super) const REGIONS: usize = GROUP_REGIONS as usize;
@@ -126,6 +127,11 @@ impl Group {
 
     pub(super) fn region(&self, i: usize) -> Option<&Region> {
         self.slots[i].bits.as_deref()
+    }
+
+    /// Asks for the cache line of what is known about a region.
+    pub(super) fn prefetch(&self, i: usize) {
+        prefetch_read(&self.slots[i]);
     }
 
     pub(super) fn attach(&mut self, i: usize, region: Region) {

@@ -7,6 +7,7 @@
 use super::bits::BitTree;
 use super::group::REGIONS;
 use super::{GROUP_SHIFT, REGION_BLOCKS};
+use crate::extent_map::prefetch_read;
 
 /// Classes, 0 included.
 pub(super) const CLASSES: usize = REGION_BLOCKS.ilog2() as usize + 2;
@@ -70,6 +71,14 @@ impl Index {
         if from != to {
             self.remove(region, from);
             self.insert(region, to);
+        }
+    }
+
+    /// Asks for the cache line that says whether `region` is in `class`.
+    pub(super) fn prefetch(&self, region: u32, class: usize) {
+        let (group, i) = split(region);
+        if let Some(Some(members)) = self.members.get(group) {
+            prefetch_read(&members[class][i / 64]);
         }
     }
 

@@ -7,6 +7,7 @@
 //! that the bits are in the state that the method expects; a wrong state is a bug and asserts in debug builds.
 
 use super::bits::{WORD, longest_in_word, run_in_word, spans};
+use crate::extent_map::prefetch_read;
 
 /// Words in a region's bitmap.
 pub(super) const WORDS: usize = (super::REGION_BLOCKS / WORD as u64) as usize;
@@ -108,6 +109,13 @@ impl Region {
     }
 
     // ---- questions
+
+    /// Asks for the cache lines that the first changes will touch: the summaries and the first words.
+    pub(super) fn prefetch(&self) {
+        prefetch_read(&self.any);
+        prefetch_read(&self.words[0]);
+        prefetch_read(&self.words[WORDS / 32]);
+    }
 
     /// Reads all that a change at this position touches. The value means nothing.
     pub(super) fn peek(&self, at: u32) -> u64 {

@@ -7,8 +7,10 @@
 //! what the cache of the other checksums holds is told apart and not counted.
 //!
 //! The device is in memory and keeps no zeroes ([`Blanks`]), which is all that is written; its own memory is left out. The blocks
-//! are written window by window, in random order inside each, so that the nodes of the extent tree that change together fit
-//! into the small node cache; for the extent map this is the same as random order over the whole file.
+//! are written window by window, in random order inside each, with a commit after each, so that the nodes of the extent tree that
+//! change together fit into the small node cache; for the extent map this is the same as random order over the whole file. Modified
+//! nodes cannot be evicted: were they as many as the cache holds, the memory allocator would keep room for both from the second
+//! window on, which has nothing to do with the number of extents.
 
 use std::cell::RefCell;
 
@@ -43,6 +45,8 @@ pub(crate) const ROWS: &[Row] = &[Row {
 
 const BLOCK: u64 = 4096;
 const DEPTH: usize = 32;
+/// Windows that the file is written in; a tenth of them is the first point.
+const WINDOWS: u64 = 100;
 /// The most nodes of the extent tree are some 60 bytes an extent: full at a tenth.
 const NODE_CACHE_BYTES: usize = 24 << 20;
 
@@ -123,12 +127,12 @@ impl Contest for Memory {
         let file = mounted.create("extents")?;
         let mut buffers = dma_buffers(&device, DEPTH, BLOCK as usize)?;
         let bar = lab.bars.steps("write extents", self.extents);
-        let window = self.extents / 10;
+        let window = self.extents / WINDOWS;
         let mut small = None;
-        for at in 0..10 {
+        for at in 0..WINDOWS {
             let range = (at * window, (at + 1) * window);
             self.write(lab, &mounted, &file, &mut buffers, range, &bar)?;
-            if at == 0 {
+            if at + 1 == WINDOWS / 10 {
                 small = Some(self.level(&mounted, &file)?);
             }
         }
