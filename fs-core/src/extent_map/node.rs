@@ -149,7 +149,7 @@ impl<'g> Leaf<'g> {
     #[inline(always)]
     pub(super) fn find_in(self, group: usize, key: i32, end: i32) -> Piece {
         let at = &self.groups[group];
-        let slot = last_not_above(above_four(at.starts, key) | 1 << LEAF_GROUP);
+        let slot = last_not_above(above_four(&at.starts, key) | 1 << LEAF_GROUP);
         // The last entry of a group ends where the next group begins. Which it is no branch predictor can know.
         let inside = at.starts[(slot + 1) % LEAF_GROUP];
         let next = select_unpredictable(slot + 1 < LEAF_GROUP, inside, self.directory.after(group));
@@ -180,7 +180,7 @@ impl<'g> Leaf<'g> {
     /// Index of the entry that covers `key`.
     pub(super) fn index_of(self, key: i32) -> usize {
         let group = self.directory.group_of(key);
-        group * LEAF_GROUP + last_not_above(above_four(self.groups[group].starts, key) | 1 << LEAF_GROUP)
+        group * LEAF_GROUP + last_not_above(above_four(&self.groups[group].starts, key) | 1 << LEAF_GROUP)
     }
 
     /// The groups of this leaf with `cells` in the place of the entries in `replaced`.
@@ -237,8 +237,8 @@ impl<'g> Inner<'g> {
     #[inline(always)]
     pub(super) fn find_in(self, group: usize, key: i32, end: i32) -> (NodeRef, i32) {
         let at = &self.groups[group];
-        let [a, b, c, d, e, _] = at.keys;
-        let above = above_four([a, b, c, d], key) | u32::from(e > key) << 4;
+        let [first @ .., e, _] = &at.keys;
+        let above = above_four(first, key) | u32::from(*e > key) << 4;
         let slot = last_not_above(above | 1 << INNER_GROUP);
         let next = at.keys[slot + 1];
         (at.children[slot], next.min(end))
