@@ -92,7 +92,7 @@ fn much_modified_metadata_is_committed_before_its_time() {
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(fs.stats().commits, 0, "a little is no reason");
     for i in 0..4000 {
-        channel.create(&format!("file {i}")).unwrap();
+        channel.create(format!("file {i}")).unwrap();
     }
     wait_until("a commit", || fs.stats().commits > 0);
     wait_until("less dirty metadata", || fs.stats().dirty_nodes <= 31);

@@ -1,7 +1,6 @@
 //! The allocator's own consistency, from the bits up. For tests and check tools: it costs a pass over everything loaded.
 
 use super::RegionId;
-use super::commit::Freed;
 use super::group::Group;
 use super::index::{CLASSES, class_of};
 use super::space::{Allocator, pieces};
@@ -73,16 +72,16 @@ impl Allocator {
     /// Blocks in the frozen lists and among the unpublished; each must be frozen in the bitmaps.
     fn check_lists(&self) -> Result<u64, String> {
         let mut blocks = 0;
-        let unpublished = self.commit.iter().flat_map(|commit| &commit.unpublished);
-        for run in self.frozen_runs.iter().flat_map(|freed| &freed.runs).chain(unpublished) {
+        let unpublished = self.commit.iter().flat_map(|commit| &commit.unpublished).copied();
+        for run in self.frozen_runs.iter().flat_map(|freed| freed.runs.iter()).chain(unpublished) {
             blocks += run.len;
-            for (region, span) in pieces(*run) {
+            for (region, span) in pieces(run) {
                 if !self.region(region).is_some_and(|r| r.is_frozen(span)) {
                     return Err(format!("{run:?} is listed as frozen and is not"));
                 }
             }
         }
-        let queued: u64 = self.pending.iter().flat_map(|freed: &Freed| &freed.runs).map(|run| run.len).sum();
+        let queued: u64 = self.pending.iter().flat_map(|freed| freed.runs.iter()).map(|run| run.len).sum();
         if queued != self.pending_blocks {
             return Err(format!("{queued} blocks queued, {} counted", self.pending_blocks));
         }

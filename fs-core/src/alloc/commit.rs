@@ -2,14 +2,11 @@
 
 use smallvec::SmallVec;
 
+use super::runs::RunList;
 use super::space::{Allocator, pieces, split_mut};
 use super::{GROUP_SHIFT, GroupId, Need, RegionId, SpaceError};
 use super::{format, group::REGIONS, region::Region};
 use crate::types::{BlockAddr, Generation, Run};
-
-/// Emptied lists of runs kept for reuse, and the longest worth keeping (4 MiB).
-const SPARE_LISTS: usize = 2;
-const SPARE_RUNS_MAX: usize = 1 << 18;
 
 /// Runs whose words are read ahead together.
 const WARM: usize = 32;
@@ -18,7 +15,7 @@ const WARM: usize = 32;
 #[derive(Debug)]
 pub(super) struct Freed {
     pub(super) generation: Generation,
-    pub(super) runs: Vec<Run>,
+    pub(super) runs: RunList,
 }
 
 /// A commit between `begin_commit` and `end_commit`.
@@ -90,15 +87,11 @@ impl Allocator {
         let list = match self.pending.iter_mut().find(|freed| freed.generation == open) {
             Some(freed) => freed,
             None => {
-                let runs = self.empty_list();
-                self.pending.push(Freed { generation: open, runs });
+                self.pending.push(Freed { generation: open, runs: RunList::default() });
                 self.pending.last_mut().expect("just pushed")
             }
         };
-        match list.runs.last_mut() {
-            Some(last) if last.end() == run.start => last.len += run.len,
-            _ => list.runs.push(run),
-        }
+        list.runs.push(run, &mut self.spare);
         self.pending_blocks += run.len;
         Ok(())
     }
@@ -168,8 +161,7 @@ impl Allocator {
             self.exclude(run);
         }
         self.commit = Some(Commit { generation, unpublished });
-        let runs = self.empty_list();
-        self.frozen_runs.push_back(Freed { generation, runs });
+        self.frozen_runs.push_back(Freed { generation, runs: RunList::default() });
         let mut rejected = Vec::new();
         let mut at = 0;
         while at < self.pending.len() {
@@ -178,17 +170,19 @@ impl Allocator {
                 continue;
             }
             let freed = self.pending.remove(at);
-            for runs in freed.runs.chunks(WARM) {
-                self.warm(runs);
-                for &run in runs {
-                    self.pending_blocks -= run.len;
-                    if let Err(error) = self.freeze(run) {
-                        log::error!("generation {generation}: {error}; the blocks stay allocated");
-                        rejected.push(error);
+            for chunk in freed.runs.into_chunks() {
+                for runs in chunk.chunks(WARM) {
+                    self.warm(runs);
+                    for &run in runs {
+                        self.pending_blocks -= run.len;
+                        if let Err(error) = self.freeze(run) {
+                            log::error!("generation {generation}: {error}; the blocks stay allocated");
+                            rejected.push(error);
+                        }
                     }
                 }
+                self.spare.put(chunk);
             }
-            self.recycle(freed.runs);
         }
         Ok(rejected)
     }
@@ -311,12 +305,14 @@ impl Allocator {
         let mut kept = Vec::new();
         while self.frozen_runs.front().is_some_and(|freed| freed.generation <= up_to) {
             let Some(Freed { generation, runs }) = self.frozen_runs.pop_front() else { break };
-            let mut rest = Vec::new();
-            for runs in runs.chunks(WARM) {
-                self.warm(runs);
-                runs.iter().for_each(|&run| self.thaw(run, held, &mut rest));
+            let mut rest = RunList::default();
+            for chunk in runs.into_chunks() {
+                for runs in chunk.chunks(WARM) {
+                    self.warm(runs);
+                    runs.iter().for_each(|&run| self.thaw(run, held, &mut rest));
+                }
+                self.spare.put(chunk);
             }
-            self.recycle(runs);
             if !rest.is_empty() {
                 kept.push(Freed { generation, runs: rest });
             }
@@ -326,18 +322,6 @@ impl Allocator {
     }
 
     // ---- helpers
-
-    fn empty_list(&mut self) -> Vec<Run> {
-        self.spare_lists.pop().unwrap_or_default()
-    }
-
-    /// Keeps the memory of a list for the next one: growing into fresh pages would cost a page fault every 256 frees.
-    fn recycle(&mut self, mut list: Vec<Run>) {
-        if self.spare_lists.len() < SPARE_LISTS && list.capacity() <= SPARE_RUNS_MAX {
-            list.clear();
-            self.spare_lists.push(list);
-        }
-    }
 
     /// A loaded region and its blocks in use.
     fn bitmap(&self, id: RegionId) -> Result<(&Region, u32), SpaceError> {
@@ -365,7 +349,7 @@ impl Allocator {
         self.pending
             .iter()
             .filter(move |freed| freed.generation <= generation)
-            .flat_map(|freed| freed.runs.iter().copied())
+            .flat_map(|freed| freed.runs.iter())
     }
 
     /// In range, loaded, all blocks in use.
@@ -385,10 +369,7 @@ impl Allocator {
         self.check_allocated(run)?;
         self.exclude(run);
         let list = &mut self.frozen_runs.back_mut().expect("begin_commit made the list").runs;
-        match list.last_mut() {
-            Some(last) if last.end() == run.start => last.len += run.len,
-            _ => list.push(run),
-        }
+        list.push(run, &mut self.spare);
         Ok(())
     }
 
@@ -405,7 +386,7 @@ impl Allocator {
     }
 
     /// Frozen -> available for all of `run` but what is `held`, which goes to `rest`.
-    fn thaw(&mut self, run: Run, held: &[Run], rest: &mut Vec<Run>) {
+    fn thaw(&mut self, run: Run, held: &[Run], rest: &mut RunList) {
         let mut at = run.start.0;
         let end = run.end().0;
         let first = held.partition_point(|hold| hold.end().0 <= at);
@@ -415,7 +396,7 @@ impl Allocator {
                 break;
             }
             self.thaw_all(at, from);
-            rest.push(Run::new(BlockAddr(from), to - from));
+            rest.push(Run::new(BlockAddr(from), to - from), &mut self.spare);
             at = to;
         }
         self.thaw_all(at, end);

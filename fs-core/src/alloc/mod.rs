@@ -73,7 +73,7 @@
 //!
 //! `bits` (words and hierarchical bitmaps) -> `region` (two bitmaps with summaries) -> `group` (counts) -> `index`
 //! (regions by class of free count and of longest run) -> `format` (stored values) -> `space` (the structure, loading,
-//! eviction) -> `place` (allocation) -> `commit` (freeing, commit, release) -> `check`.
+//! eviction; freed runs are `runs`) -> `place` (allocation) -> `commit` (freeing, commit, release) -> `check`.
 //!
 //! Sources: the two-level bitmap with summary words is that of TigerBeetle's `free_set.zig`; the deferred frees follow
 //! btrfs (pinned extents) and fxfs `allocator.rs`; per-stream regions follow F2FS's active logs.
@@ -86,6 +86,7 @@ mod group;
 mod index;
 mod place;
 mod region;
+mod runs;
 mod space;
 #[cfg(test)]
 mod tests;

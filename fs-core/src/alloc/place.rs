@@ -33,9 +33,8 @@ const SMALL_WANT: u32 = 8;
 const WORTHWHILE: u32 = 64;
 /// Members of a class looked at for one whose figure is just large enough.
 const CLASS_PROBES: u32 = 4;
-/// When so many available blocks are left in the region that a stream fills, what moving to the next one will touch is asked for:
-/// first who is next, then its bits.
-const LOOK_AHEAD: [u64; 2] = [24, 16];
+/// When so many available blocks are left in the region that a stream fills, what moving to the next one will touch is asked for.
+const LOOK_AHEAD: u64 = 16;
 /// A region of at least this class (2048 free blocks) is good enough not to look into another group.
 const GOOD_CLASS: usize = 12;
 
@@ -50,7 +49,7 @@ pub(super) struct StreamState {
     pub(super) ready: SmallVec<[u32; 8]>,
     /// Single blocks that can still be allocated without a stop. Other streams keep away from them.
     pub(super) promise: u64,
-    /// The region that it will probably move to: its slot was asked for. Means nothing but speed.
+    /// The region that it will probably move to. Means nothing but speed.
     ahead: Option<u32>,
     /// The search that is under way across [`Stop::Load`]s; reset by each success.
     search: Search,
@@ -514,6 +513,13 @@ impl Allocator {
                 self.disown(old);
             }
         }
+        // The indices are in the caches now, and what they say will mostly be true then.
+        let next = self.streams[s].ready.first().copied();
+        let freest = || self.by_count.next(self.by_count.highest()?, self.after(s));
+        self.streams[s].ahead = next.or_else(freest);
+        if let Some((group, i)) = self.streams[s].ahead.and_then(|next| self.group(next)) {
+            group.prefetch(i);
+        }
     }
 
     /// Takes a region that another stream owns but was not promised; returns what this stream has then.
@@ -549,33 +555,25 @@ impl Allocator {
         self.occupy(region, span);
         self.settle(s, span.len);
         self.streams[s].cursor = span.start + span.len;
-        let left = self.available_in(region);
-        if LOOK_AHEAD.contains(&left) {
-            self.look_ahead(s, left);
+        if self.available_in(region) == LOOK_AHEAD {
+            self.look_ahead(s);
         }
         run_of(region, span)
     }
 
-    /// Asks for the cache lines of the region that the stream will probably move to next. Found only when they are needed, they
-    /// are a chain of cache misses, which one allocation in a few hundred would wait for.
+    /// Asks for the cache lines that moving to the next region will touch. Found only when they are needed, they are a chain of
+    /// cache misses, which one allocation in a few hundred would wait for.
     #[cold]
     #[inline(never)]
-    fn look_ahead(&mut self, s: usize, left: u64) {
-        let ready = self.streams[s].ready.first().copied();
-        if left == LOOK_AHEAD[0] {
-            let class = self.by_count.highest().unwrap_or(0);
-            let next = ready.or_else(|| self.by_count.next(class, self.after(s)));
-            self.streams[s].ahead = next;
-            if let Some((group, i)) = next.and_then(|next| self.group(next)) {
-                group.prefetch(i);
-            }
-        } else if let Some(next) = self.streams[s].ahead.take()
+    fn look_ahead(&self, s: usize) {
+        if let Some(next) = self.streams[s].ahead
             && let Some((group, i)) = self.group(next)
         {
+            self.by_count.prefetch(next, class_of(group.avail(i)));
+            self.by_run.prefetch(next, class_of(group.longest(i)));
             if let Some(region) = group.region(i) {
                 region.prefetch();
             }
-            self.by_run.prefetch(next, class_of(group.longest(i)));
         }
     }
 

@@ -12,6 +12,7 @@ use super::group::{GROUP_BYTES, Group, REGIONS, Standing};
 use super::index::{Index, class_of};
 use super::place::StreamState;
 use super::region::{BITS, Region, Span, WORDS};
+use super::runs::SpareChunks;
 use super::{
     GROUP_SHIFT, GroupId, MAX_BLOCKS, Need, REGION_BLOCKS, REGION_SHIFT, RegionId, SpaceError, Stream,
     group_of,
@@ -53,8 +54,7 @@ pub struct Allocator {
     pub(super) pending_blocks: u64,
     /// Frees that wait for `release`, oldest generation first.
     pub(super) frozen_runs: VecDeque<Freed>,
-    /// Emptied lists, for reuse.
-    pub(super) spare_lists: Vec<Vec<Run>>,
+    pub(super) spare: SpareChunks,
     pub(super) dirty_regions: DirtyQueue,
     pub(super) dirty_groups: DirtyQueue,
     /// Regions taken out of the dirty queue since the last commit ended: they stay loaded until it ends.
@@ -94,7 +94,7 @@ impl Allocator {
             pending: SmallVec::new(),
             pending_blocks: 0,
             frozen_runs: VecDeque::new(),
-            spare_lists: Vec::new(),
+            spare: SpareChunks::default(),
             dirty_regions: DirtyQueue::default(),
             dirty_groups: DirtyQueue::default(),
             popped: Vec::new(),
@@ -154,13 +154,13 @@ impl Allocator {
     /// Bytes of memory, approximately.
     pub fn memory_bytes(&self) -> usize {
         let groups = self.groups.iter().flatten().count();
-        let lists = self.pending.iter().chain(&self.frozen_runs).map(|freed| &freed.runs);
-        let lists: usize = lists.chain(&self.spare_lists).map(Vec::capacity).sum();
+        let lists = self.pending.iter().chain(&self.frozen_runs).map(|freed| freed.runs.memory());
+        let lists = lists.sum::<usize>() + self.spare.memory();
         self.loaded.len() * (size_of::<Region>() + size_of::<u32>())
             + groups * GROUP_BYTES
             + self.by_count.memory()
             + self.by_run.memory()
-            + lists * size_of::<Run>()
+            + lists
             + size_of::<Allocator>()
     }
 
