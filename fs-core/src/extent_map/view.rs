@@ -103,32 +103,13 @@ impl<'g> View<'g> {
     /// Looks up `blocks[i]` into `entries[i]`, up to the shorter of the two, with [`LOOKUP_LANES`] descents under way at a time
     /// so that their cache misses overlap.
     pub fn lookup_batch(&self, blocks: &[FileBlock], entries: &mut [Entry]) {
-        let listed = &self.data.segments.listed[..];
-        for (blocks, entries) in blocks.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
-            let mut lanes = Lanes::new();
-            for (index, (block, entry)) in blocks.iter().zip(entries.iter_mut()).enumerate() {
-                match listed.get(segment_of(*block)) {
-                    Some(Segment::Tree(root)) => lanes.add(*root, *block, index),
-                    _ => *entry = self.lookup(*block),
-                }
-            }
-            lanes.finish(entries, self.reach);
-        }
+        look_up_all(blocks, |block| (*self, *block), self.reach, entries);
     }
 
     /// As [`View::lookup_batch`] over several files: looks up each block in its view.
-    pub fn lookup_across(queries: &[(View<'_>, FileBlock)], entries: &mut [Entry]) {
+    pub fn lookup_across(queries: &[(View<'g>, FileBlock)], entries: &mut [Entry]) {
         let Some((View { reach, .. }, _)) = queries.first() else { return };
-        for (queries, entries) in queries.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
-            let mut lanes = Lanes::new();
-            for (index, ((view, block), entry)) in queries.iter().zip(entries.iter_mut()).enumerate() {
-                match view.data.segments.listed.get(segment_of(*block)) {
-                    Some(Segment::Tree(root)) => lanes.add(*root, *block, index),
-                    _ => *entry = view.lookup(*block),
-                }
-            }
-            lanes.finish(entries, *reach);
-        }
+        look_up_all(queries, |query| *query, *reach, entries);
     }
 
     /// The entries of `range` in order, clipped to it. Neighbours that continue each other across a segment's end (2^30
@@ -176,9 +157,34 @@ impl fmt::Debug for View<'_> {
     }
 }
 
-/// Up to [`LOOKUP_LANES`] descents in step: one level of all of them, then the next level of all.
-struct Lanes {
-    at: SmallVec<[Lane; LOOKUP_LANES]>,
+/// Looks up what `split` makes of `queries[i]` into `entries[i]`.
+#[inline(always)]
+fn look_up_all<'g, Q>(
+    queries: &[Q],
+    split: impl Fn(&Q) -> (View<'g>, FileBlock),
+    reach: Reach<'g>,
+    entries: &mut [Entry],
+) {
+    for (queries, entries) in queries.chunks(LOOKUP_LANES).zip(entries.chunks_mut(LOOKUP_LANES)) {
+        let mut lanes: SmallVec<[Lane; LOOKUP_LANES]> = SmallVec::new();
+        // All at once: pushing one by one asks for the vector's kind and room each time.
+        lanes.extend(queries.iter().zip(entries.iter_mut()).enumerate().filter_map(
+            |(index, (query, entry))| {
+                let (view, block) = split(query);
+                match view.data.segments.listed.get(segment_of(block)) {
+                    Some(Segment::Tree(root)) => {
+                        root.prefetch(0);
+                        Some(Lane { node: *root, block, end: SEGMENT_BLOCKS, group: 0, index })
+                    }
+                    _ => {
+                        *entry = view.lookup(block);
+                        None
+                    }
+                }
+            },
+        ));
+        descend(&mut lanes, entries, reach);
+    }
 }
 
 /// A descent under way.
@@ -192,46 +198,33 @@ struct Lane {
     index: usize,
 }
 
-impl Lanes {
-    #[inline(always)]
-    fn new() -> Lanes {
-        Lanes { at: SmallVec::new() }
-    }
-
-    #[inline(always)]
-    fn add(&mut self, root: NodeRef, block: FileBlock, index: usize) {
-        root.prefetch(0);
-        self.at.push(Lane { node: root, block, end: SEGMENT_BLOCKS, group: 0, index });
-    }
-
-    /// Descends to the leaves and writes what is found into `entries`.
-    #[inline(always)]
-    fn finish(mut self, entries: &mut [Entry], reach: Reach<'_>) {
-        let lanes = &mut self.at[..];
-        loop {
-            // The directories are on their way since the last step: find the groups and ask for those.
-            for lane in lanes.iter_mut() {
-                let group = lane.node.directory(reach).group_of(key_of(lane.block));
-                lane.node.prefetch(group + 1);
-                lane.group = group as u32;
-            }
-            let mut descended = false;
-            for lane in lanes.iter_mut() {
-                if let Node::Inner(inner) = lane.node.open(reach) {
-                    (lane.node, lane.end) = inner.find_in(lane.group as usize, key_of(lane.block), lane.end);
-                    lane.node.prefetch(0);
-                    descended = true;
-                }
-            }
-            if !descended {
-                break;
+/// Up to [`LOOKUP_LANES`] descents in step: one level of all of them, then the next level of all. Writes what is found into
+/// `entries`.
+#[inline(always)]
+fn descend(lanes: &mut [Lane], entries: &mut [Entry], reach: Reach<'_>) {
+    loop {
+        // The directories are on their way since the last step: find the groups and ask for those.
+        for lane in lanes.iter_mut() {
+            let group = lane.node.directory(reach).group_of(key_of(lane.block));
+            lane.node.prefetch(group + 1);
+            lane.group = group as u32;
+        }
+        let mut descended = false;
+        for lane in lanes.iter_mut() {
+            if let Node::Inner(inner) = lane.node.open(reach) {
+                (lane.node, lane.end) = inner.find_in(lane.group as usize, key_of(lane.block), lane.end);
+                lane.node.prefetch(0);
+                descended = true;
             }
         }
-        for lane in lanes.iter() {
-            if let (Node::Leaf(leaf), Some(entry)) = (lane.node.open(reach), entries.get_mut(lane.index)) {
-                let piece = leaf.find_in(lane.group as usize, key_of(lane.block), lane.end);
-                *entry = in_file(lane.block, piece);
-            }
+        if !descended {
+            break;
+        }
+    }
+    for lane in lanes.iter() {
+        if let (Node::Leaf(leaf), Some(entry)) = (lane.node.open(reach), entries.get_mut(lane.index)) {
+            let piece = leaf.find_in(lane.group as usize, key_of(lane.block), lane.end);
+            *entry = in_file(lane.block, piece);
         }
     }
 }
