@@ -110,11 +110,11 @@ impl Region {
 
     // ---- questions
 
-    /// Asks for the cache lines that the first changes will touch: the summaries and the first words.
+    /// Asks for the cache lines that the first changes will touch: the summaries, and the words of the first two lines.
     pub(super) fn prefetch(&self) {
         prefetch_read(&self.any);
         prefetch_read(&self.words[0]);
-        prefetch_read(&self.words[WORDS / 32]);
+        prefetch_read(&self.words[64 / size_of::<Word>()]);
     }
 
     /// Reads all that a change at this position touches. The value means nothing.
