@@ -62,8 +62,8 @@ pub struct MountOptions {
     pub writeback_age: Option<Duration>,
     /// Verify the checksums of file data on reads.
     pub verify_data: bool,
-    /// The helper thread commits when something has not been durable for so long, and before that when modified metadata takes
-    /// more than half of `node_cache_bytes`; `None`: only syncs commit.
+    /// The helper thread commits when something has not been durable for so long; `None`: only syncs commit, and operations that find
+    /// too little space or too much modified metadata.
     pub commit_interval: Option<Duration>,
 }
 
@@ -287,7 +287,7 @@ impl Helper {
 }
 
 /// The helper's life: drive channels that were left alone; give back the space of deleted files whose last handle was
-/// dropped; write back what has been dirty for long; commit what has been waiting for long or takes much memory.
+/// dropped; write back what has been dirty for long; commit what has been waiting for long.
 fn help(core: &Arc<Core>, stop: &AtomicBool) {
     let mut channel = None;
     let mut dirty_since: Option<Instant> = None;
@@ -297,9 +297,9 @@ fn help(core: &Arc<Core>, stop: &AtomicBool) {
         if core.check_writable().is_err() {
             continue;
         }
-        let (changed, full, reap) = {
+        let (changed, reap) = {
             let meta = core.meta.lock();
-            (meta.changed, meta.cache.wants_commit(), !meta.reap.is_empty())
+            (meta.changed, !meta.reap.is_empty())
         };
         if !changed {
             dirty_since = None;
@@ -307,7 +307,7 @@ fn help(core: &Arc<Core>, stop: &AtomicBool) {
             dirty_since = Some(Instant::now());
         }
         let waited = dirty_since.map_or(Duration::ZERO, |since| since.elapsed());
-        let due = changed && core.options.commit_interval.is_some_and(|interval| full || waited >= interval);
+        let due = changed && core.options.commit_interval.is_some_and(|interval| waited >= interval);
         let written_due = writeback::is_due(core);
         if !reap && !due && !written_due {
             continue;

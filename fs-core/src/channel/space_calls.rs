@@ -31,15 +31,8 @@ impl Channel {
     /// [`Error::FileTooLarge`]: crate::Error::FileTooLarge
     /// [`Error::ReadOnly`]: crate::Error::ReadOnly
     pub fn preallocate(&self, file: &File, offset: u64, len: u64, growth: Growth) -> Result<()> {
-        let range = (offset, len);
-        self.blocking(preallocate::preallocate(
-            &self.core,
-            &self.shared.io,
-            file,
-            range,
-            Content::Stays,
-            growth,
-        ))
+        let (core, io) = (&self.core, &self.shared.io);
+        self.blocking(preallocate::preallocate(core, io, file, (offset, len), Content::Stays, growth))
     }
 
     /// Lets `len` bytes at `offset` read as zeroes and keeps blocks for them: what whole blocks the range has are
@@ -50,15 +43,8 @@ impl Channel {
     /// # Errors
     /// Those of [`preallocate`](Self::preallocate), and those of reading the edges.
     pub fn zero(&self, file: &File, offset: u64, len: u64, growth: Growth) -> Result<()> {
-        let range = (offset, len);
-        self.blocking(preallocate::preallocate(
-            &self.core,
-            &self.shared.io,
-            file,
-            range,
-            Content::Zeroed,
-            growth,
-        ))
+        let (core, io) = (&self.core, &self.shared.io);
+        self.blocking(preallocate::preallocate(core, io, file, (offset, len), Content::Zeroed, growth))
     }
 
     /// Lets `len` bytes at `offset` read as zeroes and gives back the blocks that lie in the range as a whole. The size stays.

@@ -124,22 +124,29 @@ pub(super) fn a_direct_read_sees_pages_in_every_state() {
     scene.end();
 }
 
-/// Rule 3, size on disk: of two direct appends the second is finished and the first is not. A commit must not store a size
-/// that covers the first; a sync of the file must wait for it.
-#[test]
-pub(super) fn a_commit_stores_no_size_that_covers_an_unfinished_write() {
-    let scene = Scene::new("a_commit_stores_no_size");
+/// Two direct appends, of which the second, of `data` at block 32, is finished before the first, of blocks 16 to 32, which is returned;
+/// then a commit.
+fn commit_amid_appends<'s>(scene: &'s Scene, data: &[u8]) -> Run<'s, Result<(), Error>> {
     let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
     scene.gate.keep(Keep::Writes);
     let mut first = scene.write(&scene.a, &scene.direct, 16 * BLOCK, &pattern(1, 16 * ONE));
     assert!(step(&mut first).is_none());
     // The gate keeps what was sent while it was closed; the rest goes on.
     scene.gate.keep(Keep::Reads);
-    let mut second = scene.write(&scene.b, &scene.direct, 32 * BLOCK, &pattern(2, 16 * ONE));
+    let mut second = scene.write(&scene.b, &scene.direct, 32 * BLOCK, data);
     step(&mut second).expect("answered").expect("write");
-    assert_eq!(scene.direct.size(), 48 * BLOCK, "readers see it");
     let mut commit: Run<'_, _> = Box::pin(scene.b.sync_file_async(&other));
     step(&mut commit).expect("it has no part in it").expect("sync");
+    first
+}
+
+/// Rule 3, size on disk: of two direct appends the second is finished and the first is not. A commit must not store a size
+/// that covers the first; a sync of the file must wait for it.
+#[test]
+pub(super) fn a_commit_stores_no_size_that_covers_an_unfinished_write() {
+    let scene = Scene::new("a_commit_stores_no_size");
+    let mut first = commit_amid_appends(&scene, &pattern(2, 16 * ONE));
+    assert_eq!(scene.direct.size(), 48 * BLOCK, "readers see it");
     // The power fails here.
     let crashed: Arc<dyn Device> = MemDevice::from_image(&scene.memory.snapshot()).expect("a device");
     let mut sync: Run<'_, _> = Box::pin(scene.b.sync_file_async(&scene.direct));
@@ -147,7 +154,7 @@ pub(super) fn a_commit_stores_no_size_that_covers_an_unfinished_write() {
     scene.gate.keep(Keep::Nothing);
     step(&mut first).expect("answered").expect("write");
     step(&mut sync).expect("both are there").expect("sync");
-    drop((first, second, commit, sync));
+    drop((first, sync));
     let synced: Arc<dyn Device> = MemDevice::from_image(&scene.memory.snapshot()).expect("a device");
     scene.end();
 
@@ -174,19 +181,11 @@ pub(super) fn what_recovery_has_cut_can_be_synced() {
     let scene = Scene::new("what_recovery_has_cut_can_be_synced");
     scene.a.preallocate(&scene.direct, 64 * BLOCK, 8 * BLOCK, Growth::Keep).expect("preallocate");
     scene.a.sync().expect("sync");
-    let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
-    scene.gate.keep(Keep::Writes);
-    let mut first = scene.write(&scene.a, &scene.direct, 16 * BLOCK, &pattern(1, 16 * ONE));
-    assert!(step(&mut first).is_none());
-    scene.gate.keep(Keep::Reads);
-    let mut second = scene.write(&scene.b, &scene.direct, 32 * BLOCK, &pattern(2, 16 * ONE));
-    step(&mut second).expect("answered").expect("write");
-    let mut commit: Run<'_, _> = Box::pin(scene.b.sync_file_async(&other));
-    step(&mut commit).expect("it has no part in it").expect("sync");
+    let mut first = commit_amid_appends(&scene, &pattern(2, 16 * ONE));
     let crashed = MemDevice::from_image(&scene.memory.snapshot()).expect("a device");
     scene.gate.keep(Keep::Nothing);
     step(&mut first).expect("answered").expect("write");
-    drop((first, second, commit));
+    drop(first);
     scene.end();
 
     let device: Arc<dyn Device> = Arc::clone(&crashed) as Arc<dyn Device>;
@@ -227,22 +226,14 @@ pub(super) fn a_failed_first_write_does_not_hold_the_size_back_for_ever() {
 fn a_failed_write(name: &str, prepare: impl FnOnce(&Scene)) {
     let scene = Scene::new(name);
     prepare(&scene);
-    let other = scene.a.open("other", OpenFlags::CREATE).expect("open");
     let eio = Effect::Error(IoErrorKind::Os(5));
-    scene.gate.keep(Keep::Writes);
     scene.fault.set_plan(FaultPlan::new(1, vec![Fault::new(Target::Writes, When::Nth(1), eio)]));
-    let mut first = scene.write(&scene.a, &scene.direct, 16 * BLOCK, &pattern(1, 16 * ONE));
-    assert!(step(&mut first).is_none());
-    scene.gate.keep(Keep::Reads);
-    let mut second = scene.write(&scene.b, &scene.direct, 32 * BLOCK, &pattern(2, ONE));
-    step(&mut second).expect("answered").expect("write");
-    let mut commit: Run<'_, _> = Box::pin(scene.b.sync_file_async(&other));
-    step(&mut commit).expect("it has no part in it").expect("sync");
+    let mut first = commit_amid_appends(&scene, &pattern(2, ONE));
     scene.gate.keep(Keep::Nothing);
     step(&mut first).expect("answered").expect_err("the device said no");
     let mut sync: Run<'_, _> = Box::pin(scene.b.sync_file_async(&scene.direct));
     step(&mut sync).expect("nothing is under way").expect("sync");
-    drop((first, second, commit, sync));
+    drop((first, sync));
     let crashed: Arc<dyn Device> = MemDevice::from_image(&scene.memory.snapshot()).expect("a device");
     let fs = mount(&crashed, &quiet());
     let channel = fs.channel().expect("channel");

@@ -212,11 +212,6 @@ impl NodeCache {
         }
     }
 
-    /// Whether dirty nodes, which cannot be evicted, take more than half of the capacity: time for a commit.
-    pub fn wants_commit(&self) -> bool {
-        self.dirty > self.capacity_nodes / 2
-    }
-
     /// The frame of the node that `ptr` points to: the step of every descent.
     pub(super) fn lookup(&mut self, ptr: &NodePtr) -> Result<FrameId, Stop> {
         let Some(id) = self.find(ptr.addr) else {
